@@ -1,0 +1,108 @@
+"""Per-channel affine normalisation, stored as buffers: it travels with the weights, the EMA and the exported graph.
+
+encode is (x - shift) / scale. A channel that does not move would be divided by nothing, or its sensor noise blown up to full range; it is
+only centred (scale 1), so it encodes to 0 and decodes to the constant.
+"""
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Normalizer(nn.Module):
+    """encode: stored units -> about [-1, 1]; decode: back.   shapes: {key: shape of one frame}.
+
+    Built from shapes it is the identity, ready for load_state_dict; Normalizer.fit measures. A key whose frames have up to two axes has a
+    shift and a scale per element, one with more (an image) has a single pair.
+    """
+
+    def __init__(self, shapes: Shapes):
+        super().__init__()
+        self.shapes = {key: tuple(shape) for key, shape in shapes.items()}
+        for key, shape in self.shapes.items():
+            small = shape if len(shape) <= 2 else (1,) * len(shape)
+            self.register_buffer(_name("shift", key), torch.zeros(small))
+            self.register_buffer(_name("scale", key), torch.ones(small))
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, arrays: Mapping[str, Tensor], modes: Mapping[str, str] | str = "limits", *, min_range: float = 1e-4) -> "Normalizer":
+        """Measure arrays {key: (n, *shape)}: the training episodes only.
+
+        modes, one for all or {key: mode}: limits (min, max -> -1, 1), quantile (1 %, 99 % -> -1, 1), gaussian (mean 0, std 1), identity
+        (quaternions, 6-D rotations), image (0 … 255 -> -1, 1). Where no mode is given it is limits; uint8 is always image or identity.
+        min_range: a channel spanning less, in its own unit, is constant; so is one spanning less than 1e-6 of its magnitude (float32 rounding).
+        """
+        given = modes if isinstance(modes, Mapping) else dict.fromkeys(arrays, modes)
+        if unknown := set(given) - set(arrays):
+            raise KeyError(f"modes are given for {sorted(unknown)}, which are not in the data (known: {', '.join(arrays)})")
+        self = cls({key: tuple(x.shape[1:]) for key, x in arrays.items()})
+        for key, x in arrays.items():
+            mode = given.get(key, "limits")
+            if mode not in MODES:
+                raise ValueError(f"mode {mode!r} of {key!r} is unknown; use one of {', '.join(MODES)}")
+            if x.dtype == torch.uint8 and mode != "identity":
+                mode = "image"
+            self._set(key, x, mode, min_range)
+        return self.to(next(iter(arrays.values())).device) if arrays else self
+
+    def encode(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{key: (…, *shape)} in stored units -> the same keys and shapes, normalised; uint8 becomes float32."""
+        return {key: (v - shift) / scale for key, v in x.items() for shift, scale in [self._affine(key)]}
+
+    def decode(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of encode."""
+        return {key: v * scale + shift for key, v in x.items() for shift, scale in [self._affine(key)]}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key} {shape}" for key, shape in self.shapes.items())
+
+    def _affine(self, key: str) -> tuple[Tensor, Tensor]:
+        if key not in self.shapes:
+            raise KeyError(f"{key!r} has no statistics (known: {', '.join(self.shapes)}). Fit the normaliser on data that has it")
+        return getattr(self, _name("shift", key)), getattr(self, _name("scale", key))
+
+    def _set(self, key: str, x: Tensor, mode: str, min_range: float) -> None:
+        if mode in ("image", "identity"):  # need no statistics: an image data set is not read
+            shift, scale = (127.5, 127.5) if mode == "image" else (0.0, 1.0)
+            for buffer, value in zip(self._affine(key), (shift, scale), strict=True):
+                buffer.fill_(value)
+            return
+        if not len(x):
+            raise ValueError(f"{key!r} has no frames to fit on")
+        shift, scale = self._affine(key)
+        flat = x.to(torch.float64).flatten() if x.ndim > 3 else x.to(torch.float64)
+        flat = flat.reshape(-1, scale.numel())
+        lo, hi = flat.amin(0), flat.amax(0)
+        if not (lo.isfinite() & hi.isfinite()).all():
+            raise ValueError(f"{key!r} has NaN or infinite values; check_finite(store) names the episode and step")
+        middle, half = MODES[mode](flat, lo, hi)
+        moves = hi - lo >= torch.maximum(lo.abs(), hi.abs()).mul(1e-6).clamp_min(min_range)
+        shift.copy_(torch.where(moves, middle, (lo + hi) / 2).view_as(shift))
+        scale.copy_(torch.where(moves, half, torch.ones_like(half)).view_as(scale))
+
+
+def _name(part: str, key: str) -> str:
+    """Buffer names cannot hold a dot, and keys such as observation.state do."""
+    return f"{part}_{key.replace('%', '%25').replace('.', '%2E')}"
+
+
+def _limits(x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    return (lo + hi) / 2, (hi - lo) / 2
+
+
+def _quantile(x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """1 % and 99 %, nearest rank; a channel that rests almost always (a contact flag) has none, so its limits serve."""
+    at = [round(q * (len(x) - 1)) + 1 for q in (0.01, 0.99)]
+    a, b = (x.kthvalue(k, dim=0).values for k in at)
+    rests = b - a < 1e-3 * (hi - lo)
+    return _limits(x, torch.where(rests, lo, a), torch.where(rests, hi, b))
+
+
+def _gaussian(x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean(0), x.std(0, unbiased=False)
+
+
+MODES: dict[str, Callable | None] = {"limits": _limits, "quantile": _quantile, "gaussian": _gaussian, "image": None, "identity": None}
