@@ -1,0 +1,95 @@
+"""`dipole <verb> [key=value ...]`: runs scripts/<verb>.py.
+
+A verb is a file in this folder with a function `main`; its line in the list is the first line of its docstring. Both are read with ast,
+so the list costs no torch import and a new verb is one new file.
+"""
+import ast
+import difflib
+import importlib
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TAKES_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+               "--experimental-rerun", "--info", "-i"}  # hydra's options whose next word is not ours
+
+
+def verbs(folder: Path = HERE) -> dict[str, str]:
+    """{verb: what it does in one line}, without importing any of them."""
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.stem != "cli" and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
+
+
+def words_to_overrides(argv: list[str]) -> list[str]:
+    """`info path=x` -> `do=info path=x`: a bare word names the task within the verb.
+
+    `dipole` does it to sys.argv, and so does each verb's `__main__` block, so that `python scripts/data.py info` is the same command:
+    `sys.argv[1:] = words_to_overrides(sys.argv[1:])`. Raises SystemExit on a second bare word, which hydra would refuse with a riddle.
+    """
+    out: list[str] = []
+    words: list[str] = []
+    for i, arg in enumerate(argv):
+        bare = arg and "=" not in arg and not arg.startswith(("-", "~")) and (i == 0 or argv[i - 1] not in TAKES_VALUE)
+        if bare:
+            words.append(arg)
+        out.append(f"do={arg}" if bare else arg)
+    if len(words) > 1:
+        raise SystemExit(f"dipole: one bare word at most, got {' and '.join(map(repr, words))}. "
+                         f"Settings are written key=value, like {words[-1]}=…")
+    return out
+
+
+def usage() -> str:
+    known = verbs()
+    width = max(map(len, known), default=0)
+    lines = "\n".join(f"  {verb:<{width}}  {line}" for verb, line in known.items())
+    return f"""dipole <verb> [key=value ...]
+
+{lines}
+
+  dipole demo              from nothing to a moving robot and a report
+  dipole <verb> --help     its settings and three commands to copy
+  dipole --version
+"""
+
+
+def missing(module: str | None) -> str:
+    """The pip line for a module that a verb could not import, or '' when it is none of ours."""
+    name = re.sub(r"[-_.]+", "-", (module or "").partition(".")[0]).lower()
+    for need in importlib.metadata.requires("dipole") or []:
+        extra = re.search(r"extra == ['\"](\w+)['\"]", need)
+        if re.match(r"[\w-]+", need)[0].lower() == name:  # type: ignore[index]
+            return f"pip install 'dipole[{extra[1]}]'" if extra else "pip install --upgrade dipole"
+    return ""
+
+
+def main() -> None:
+    verb, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if verb in ("--help", "-h", "help"):
+        return print(usage(), end="")
+    if verb == "--version":
+        return print("dipole", importlib.metadata.version("dipole"))
+    known = verbs()
+    if verb not in known:
+        close = difflib.get_close_matches(verb, known, n=1)
+        hint = f"Did you mean `dipole {close[0]}`?" if close else f"Known: {', '.join(known)}."
+        print(f"dipole: no verb {verb!r}. {hint} `dipole --help` explains them.", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = [f"dipole {verb}", *words_to_overrides(rest)]
+    try:
+        module = importlib.import_module(f"scripts.{verb}")
+    except ModuleNotFoundError as error:
+        if not (line := missing(error.name)):
+            raise
+        raise SystemExit(f"dipole {verb} needs {error.name}, which is not installed: {line}") from error
+    module.main()
+
+
+if __name__ == "__main__":
+    main()

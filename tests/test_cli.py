@@ -1,0 +1,71 @@
+"""`dipole`: the list costs nothing, words become overrides, and a slip is answered with what was meant."""
+import subprocess
+import sys
+import time
+
+import pytest
+
+from scripts import cli
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "scripts.cli", *argv], capture_output=True, text=True)
+
+
+def test_verbs_are_files_with_a_main_and_are_not_imported(tmp_path):
+    (tmp_path / "fly.py").write_text('"""Take off.\n\nMore."""\nraise RuntimeError("imported")\ndef main(): ...\n')
+    (tmp_path / "cli.py").write_text('"""The list itself."""\ndef main(): ...\n')
+    (tmp_path / "shared.py").write_text('"""A helper, no verb."""\n')
+    assert cli.verbs(tmp_path) == {"fly": "Take off."}
+
+
+def test_every_verb_says_what_it_does():
+    known = cli.verbs()
+    assert "doctor" in known and all(known.values()), known
+
+
+def test_help_is_instant_and_lists_every_verb():
+    start = time.perf_counter()
+    done = run("--help")
+    took = time.perf_counter() - start
+    assert done.returncode == 0 and all(verb in done.stdout for verb in cli.verbs())
+    assert took < 1.0, f"{took:.2f} s; 0.06 s alone on a machine: something heavy is imported"
+    assert run().stdout == done.stdout
+
+
+def test_the_list_imports_neither_torch_nor_hydra():
+    done = subprocess.run([sys.executable, "-c", "import sys; sys.argv = ['dipole']; from scripts import cli; cli.main(); "
+                           "assert not {'torch', 'hydra', 'numpy', 'rich'} & set(sys.modules)"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_verb_names_the_closest_one():
+    done = run("docter")
+    assert done.returncode == 2 and "dipole doctor" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["info", "path=x"], ["do=info", "path=x"]),
+    (["path=x", "info"], ["path=x", "do=info"]),
+    (["env=maze", "+a.b=1", "~data", "-m", "--help"], ["env=maze", "+a.b=1", "~data", "-m", "--help"]),
+    (["--cfg", "job", "train"], ["--cfg", "job", "do=train"]),  # hydra's options keep their words
+    (["--config-name", "other", "-cd", "folder"], ["--config-name", "other", "-cd", "folder"]),
+    ([], []),
+])
+def test_a_bare_word_becomes_do(argv, expected):
+    assert cli.words_to_overrides(argv) == expected
+    assert cli.words_to_overrides(expected) == expected  # so both ways in may apply it
+
+
+def test_two_bare_words_are_refused_with_both_named():
+    with pytest.raises(SystemExit, match="'info' and 'size'"):
+        cli.words_to_overrides(["info", "size"])
+
+
+def test_a_missing_extra_names_its_pip_line(monkeypatch):
+    requires = ["rich<16,>=13", 'mujoco<4,>=3.3; extra == "sim"', 'imageio-ffmpeg<1,>=0.6; extra == "train"']
+    monkeypatch.setattr(cli.importlib.metadata, "requires", lambda name: requires)
+    assert cli.missing("mujoco") == "pip install 'dipole[sim]'"
+    assert cli.missing("imageio_ffmpeg._io") == "pip install 'dipole[train]'"
+    assert cli.missing("rich.table") == "pip install --upgrade dipole"
+    assert cli.missing("a_typo_of_ours") == "" and cli.missing(None) == ""
