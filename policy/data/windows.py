@@ -166,6 +166,6 @@ def _cast(store: Store, field: Field, values: np.ndarray) -> np.ndarray:
     if field.dtype != "uint8" or values.dtype == np.uint8:
         keep = field.dtype is None and values.dtype == np.uint8
         return np.ascontiguousarray(values, np.uint8 if keep else np.float32)
-    if values.min() < 0 or values.max() > 255 or (values.dtype.kind == "f" and values.max() <= 1 < 255 and (values % 1).any()):
+    if values.min() < 0 or values.max() > 255 or (values.max() <= 1 and (values % 1).any()):
         raise DataError(f"{store.path}: {field.key!r} spans {values.min()} to {values.max()}, so it is not an image in 0 … 255. Leave out dtype: uint8")
     return np.rint(values).astype(np.uint8)

@@ -1,0 +1,149 @@
+"""A recorder that dies at any moment leaves every completed episode intact."""
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+import os
+import random
+import time
+
+from data_cases import SCHEMA, assert_same, make_episode
+import pytest
+import zarr.storage._local as local
+
+from policy.data import DataError, Store
+
+
+def episode(i: int):
+    return make_episode(i, 1 + 37 * i % 61)
+
+
+class Death(BaseException):
+    """Not an Exception, so that nothing on the way can handle it."""
+
+
+@pytest.fixture
+def die_at(monkeypatch):
+    """die_at(n): the n-th file write from now on stops halfway (after=False) or just after its rename; returns the writes made so far."""
+    real, count = local._put, [0]
+
+    def arm(n: int, after: bool) -> list[int]:
+        count[0] = 0
+
+        def put(path, value, exclusive=False):
+            count[0] += 1
+            if count[0] == n:
+                if after:
+                    with suppress(FileExistsError):  # zarr writes a parent group again and again, exclusively
+                        real(path, value, exclusive)
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.with_suffix(".dead.partial").write_bytes(bytes(value.as_buffer_like())[:-1])
+                raise Death
+            return real(path, value, exclusive)
+        monkeypatch.setattr(local, "_put", put)
+        return count
+    yield arm
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("ends_chunk", [8192, 2])
+def test_death_at_every_single_write(tmp_path, monkeypatch, die_at, after, ends_chunk):
+    monkeypatch.setattr("policy.data.store.ENDS_CHUNK", ends_chunk)
+    monkeypatch.setattr("policy.data.store.CHUNK_STEPS", 8)
+    monkeypatch.setattr("policy.data.store.CHUNKS_PER_SHARD", 2)
+    path, done, deaths = tmp_path / "d.zarr", [], 0
+    Store.create(path, SCHEMA, fps=10)
+    for batch in ([episode(1)], [episode(2), episode(3), episode(4)], [episode(5)]):
+        for n in range(1, 1000):
+            store = Store.open(path, mode="a")
+            assert_same(store, done)
+            count = die_at(n, after)
+            try:
+                store.extend(batch)
+            except Death:
+                deaths += 1
+            else:
+                assert count[0] < n
+                done += batch
+                break
+            die_at(0, after)
+            kept = Store.open(path, mode="a").episodes - len(done)
+            if kept == len(batch):  # the last write was made: the batch counts
+                done += batch
+                break
+            # Episodes of a batch appear in order; a recorder that goes on with the rest completes it.
+            done, batch = done + batch[:kept], batch[kept:]
+    assert_same(Store.open(path), [episode(i) for i in range(1, 6)])
+    assert deaths > 30
+
+
+def test_death_while_creating_leaves_nothing_in_the_way(tmp_path, die_at):
+    path = tmp_path / "d.zarr"
+    for n in (1, 6, 12):
+        die_at(n, after=True)
+        with pytest.raises(Death):
+            Store.create(path, SCHEMA, fps=10)
+        assert not path.exists()
+    die_at(0, after=True)
+    Store.create(path, SCHEMA, fps=10).append(episode(0))
+    assert_same(Store.open(path), [episode(0)])
+
+
+def record_forever(path: Path, acknowledged: Path) -> None:
+    store = Store.open(path, mode="a")
+    log = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    while True:
+        i = store.episodes
+        store.append(episode(i))
+        os.write(log, b"%d\n" % i)
+
+
+def kill_repeatedly(path: Path, kills: int, seed: int) -> int:
+    rng, context = random.Random(seed), get_context("forkserver")
+    context.set_forkserver_preload(["policy.data.store", "data_cases"])
+    Store.create(path, SCHEMA, fps=10)
+    acknowledged = path.with_suffix(".log")
+    for _ in range(kills):
+        recorder = context.Process(target=record_forever, args=(path, acknowledged), daemon=True)
+        before = acknowledged.stat().st_size if acknowledged.exists() else 0
+        recorder.start()
+        for _ in range(2000):  # until it records
+            if acknowledged.exists() and acknowledged.stat().st_size > before:
+                break
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.05))  # a few appends: somewhere within one
+        recorder.kill()
+        recorder.join()
+        assert recorder.exitcode == -9
+        said = [int(line) for line in acknowledged.read_text().split()]
+        store = Store.open(path)
+        assert store.episodes in (len(said), len(said) + 1) and said == list(range(len(said)))
+        assert_same(store, [episode(i) for i in range(store.episodes)])
+    return store.episodes
+
+
+def test_sigkill(tmp_path):
+    assert kill_repeatedly(tmp_path / "d.zarr", kills=15, seed=0) >= 15
+
+
+@pytest.mark.slow
+def test_sigkill_many(tmp_path):
+    assert kill_repeatedly(tmp_path / "d.zarr", kills=150, seed=1) >= 150
+
+
+def test_a_full_disk_is_an_error_and_the_recorder_may_go_on(dataset, monkeypatch):
+    store, real = Store.open(dataset, mode="a"), local._put
+
+    def full(path, value, exclusive=False):
+        if "reward" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(path, value, exclusive)
+    monkeypatch.setattr(local, "_put", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.append(make_episode(4, 70))
+    monkeypatch.setattr(local, "_put", real)
+    before = store.episodes
+    store.append(make_episode(4, 5))
+    assert before == 4 and len(Store.open(dataset).episode(4)["pose"]) == 5
+    with pytest.raises(DataError):
+        store.append({})
