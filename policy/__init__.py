@@ -1,0 +1,1 @@
+"""dipole's library: data windows, denoisers, samplers, planning and control. It never imports a simulator."""

@@ -1,0 +1,78 @@
+"""All state of closed-loop control lives here: observation history and the queue of planned actions, for e robots at once."""
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policy.planner import Planner
+
+
+class Controller:
+    """Receding-horizon control: plan a chunk, execute its first `execute` steps, plan again.
+
+    Robots (or environments) are rows of every array, and each has its own history, queue and noise: what row i does depends only on its
+    own observations and seed, never on which other rows are alive.   device: where plans are made; None keeps the planner's.
+    """
+
+    def __init__(self, planner: Planner, *, execute: int = 8):
+        if not 1 <= execute <= planner.spec.horizon:
+            raise ValueError(f"execute={execute} must be between 1 and the planner's horizon {planner.spec.horizon}")
+        self.planner, self.execute = planner.eval(), execute
+        self.device = next(planner.parameters()).device
+        self.noise: list[torch.Generator] = []
+
+    def reset(self, seeds: Sequence[int], rows: np.ndarray | None = None) -> None:
+        """Start an episode on all rows, or on `rows` (n,) of them: forget history and queue; seeds (n,) fix each row's noise.
+
+        The first observation after a reset fills the whole history.
+        """
+        if rows is None:
+            e, spec = len(seeds), self.planner.spec
+            self.history = {k: torch.zeros(e, spec.t_obs, *s) for k, s in spec.obs.items()}
+            self.queue, self.left = torch.zeros(e, self.execute, spec.action_dim), torch.zeros(e, dtype=torch.long)
+            self.fresh = torch.ones(e, dtype=torch.bool)
+            self.noise = [torch.Generator() for _ in seeds]
+            rows = np.arange(e)
+        for row, seed in zip(rows, seeds, strict=True):
+            self.noise[row].manual_seed(int(seed))
+        self.fresh[rows], self.left[rows] = True, 0
+
+    def observe(self, obs: dict[str, np.ndarray], rows: np.ndarray | None = None) -> None:
+        """Append the newest observations {key: (n, t, *shape)}, oldest first, of `rows` (n,) (all when None)."""
+        if not self.noise:
+            raise RuntimeError("call reset(seeds) before the first observation")
+        missing = [k for k in self.history if k not in obs]
+        if missing:
+            raise KeyError(f"observation lacks {', '.join(missing)} (got {', '.join(obs) or 'nothing'})")
+        at = torch.arange(len(self.noise)) if rows is None else torch.as_tensor(rows)
+        for k, h in self.history.items():
+            new = torch.as_tensor(np.asarray(obs[k])).to(h.dtype)
+            if tuple(new.shape) != (len(at), new.shape[1] if new.ndim > 1 else 0, *h.shape[2:]):
+                raise ValueError(f"observation {k!r} must be ({len(at)}, t, {', '.join(map(str, h.shape[2:]))}), got {tuple(new.shape)}")
+            old = torch.where(self.fresh[at].reshape(-1, *(1,) * (h.ndim - 1)), new[:, :1].expand(-1, h.shape[1], *h.shape[2:]), h[at])
+            h[at] = torch.cat([old, new], 1)[:, -h.shape[1]:]
+        self.fresh[at] = False
+
+    @torch.inference_mode()
+    def plan(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """The next `execute` actions of `rows`, (n, execute, d) in physical units. Raises ValueError when a plan is not finite."""
+        at = torch.arange(len(self.noise)) if rows is None else torch.as_tensor(rows)
+        spec = self.planner.spec
+        noise = torch.stack([torch.randn(spec.horizon, spec.action_dim, generator=self.noise[i]) for i in at.tolist()])
+        chunk = self.planner.plan({k: h[at].to(self.device) for k, h in self.history.items()}, noise=noise.to(self.device))[:, : self.execute]
+        chunk = chunk.float().cpu()
+        if not chunk.isfinite().all():
+            raise ValueError("the plan is not finite: the checkpoint or the observation holds NaN or infinity")
+        return chunk.numpy()
+
+    def act(self, obs: dict[str, np.ndarray]) -> np.ndarray:
+        """One control step of all rows: obs {key: (e, *shape)} -> actions (e, d); rows whose queue is empty get a new plan."""
+        self.observe({k: np.asarray(v)[:, None] for k, v in obs.items() if k in self.planner.spec.obs})
+        empty = (self.left == 0).nonzero().flatten()
+        if len(empty):
+            self.queue[empty] = torch.from_numpy(self.plan(empty.numpy()))
+            self.left[empty] = self.execute
+        actions = self.queue[torch.arange(len(self.left)), self.execute - self.left]
+        self.left -= 1
+        return actions.numpy()

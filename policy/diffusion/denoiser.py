@@ -1,0 +1,49 @@
+"""A network becomes an estimator of E[x0 | x] by scaling: x0_hat = c_skip x + c_out net(c_in x, tau, cond)."""
+import torch
+from torch import Tensor, nn
+
+from policy.diffusion.path import Path
+from policy.types import Cond
+
+TARGETS = ("eps", "x0", "v", "flow", "score", "edm")
+
+
+class Denoiser(nn.Module):
+    """What the network predicts is a choice of scaling, not a subclass.
+
+    target: eps (Ho 2020);  x0 (Diffuser);  v = alpha eps - sigma x0 (Salimans 2022);  flow = eps - x0 (Liu 2022; Linear path);
+    score = -eps / sigma times sigma (Song 2019, its weighting);  edm (Karras 2022: unit variance in and out).
+    sigma_data: standard deviation of normalised data; min-max normalised actions have about .5.
+    """
+
+    def __init__(self, net: nn.Module, path: Path, target: str = "eps", *, sigma_data: float = 0.5):
+        super().__init__()
+        if target not in TARGETS:
+            raise ValueError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}")
+        self.net, self.path, self.target, self.sigma_data = net, path, target, sigma_data
+
+    def scales(self, x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_in, c_skip, c_out at tau, each broadcastable over x."""
+        a, s = self.path.at(tau, x)
+        one, var = torch.ones_like(a), a**2 + s**2
+        match self.target:
+            case "eps":  # alpha = 0 only at the very end of a path, where eps says nothing about x0
+                a = a.clamp_min(1e-4)
+                return one, 1 / a, -s / a
+            case "score":
+                a = a.clamp_min(1e-4)
+                return one, 1 / a, s / a
+            case "x0":
+                return one, torch.zeros_like(a), one
+            case "v":
+                return one, a / var, -s / var
+            case "flow":
+                return one, 1 / (a + s), -s / (a + s)
+            case _:
+                var = (a * self.sigma_data) ** 2 + s**2
+                return var.rsqrt(), a * self.sigma_data**2 / var, -s * self.sigma_data * var.rsqrt()
+
+    def forward(self, x: Tensor, tau: Tensor, cond: Cond | None = None) -> Tensor:
+        """x (b,t,d), tau (b,) or (b,t) -> x0_hat (b,t,d)."""
+        c_in, c_skip, c_out = self.scales(x, tau)
+        return c_skip * x + c_out * self.net(c_in * x, tau, cond).to(x.dtype)

@@ -1,0 +1,147 @@
+"""Gaussian paths x = alpha(tau) x0 + sigma(tau) eps, tau from 0 (data) to 1 (noise). A formalism is a pair (alpha, sigma).
+
+Paths are plain values: no parameters, any device, any float dtype; tau may be (b,) or per token (b, t).
+"""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Path:
+    """tau_min, tau_max bound where the pair (alpha, sigma) is usable by solvers: alpha > 0 at tau_max, sigma = 0 at tau_min."""
+    tau_max: float = 1.0
+
+    def alpha(self, tau: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sigma(self, tau: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def at(self, tau: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma shaped to broadcast over `like` (b,t,d)."""
+        tau = tau.reshape(*tau.shape, *(1,) * (like.ndim - tau.ndim))
+        return self.alpha(tau), self.sigma(tau)
+
+    def noise(self, x0: Tensor, eps: Tensor, tau: Tensor) -> Tensor:
+        """A sample of p(x_tau | x0)."""
+        a, s = self.at(tau, x0)
+        return a * x0 + s * eps
+
+    def snap(self, tau: Tensor) -> Tensor:
+        """The times this path is trained at: any, or the entries of a table."""
+        return tau
+
+    def start_std(self) -> float:
+        """Standard deviation of pure noise at tau_max; sampling starts from start_std() * N(0, 1)."""
+        return float(self.sigma(torch.tensor(self.tau_max, dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class Linear(Path):
+    """Flow matching / rectified flow (Lipman 2022, Liu 2022)."""
+    tau_max: float = 0.999  # alpha = 0 at 1: first-order steps from there are exact, multistep ones divide by alpha
+
+    def alpha(self, tau: Tensor) -> Tensor:
+        return 1 - tau
+
+    def sigma(self, tau: Tensor) -> Tensor:
+        return tau
+
+
+@dataclass(frozen=True)
+class Cosine(Path):
+    """Variance preserving cosine, alpha = cos(pi/2 tau) (Nichol 2021 without the offset; the trigonometric interpolant)."""
+    tau_max: float = 0.995  # alpha = .008 there; the reference's 100-step table ends at alpha = .0005
+
+    def alpha(self, tau: Tensor) -> Tensor:
+        return torch.cos(tau * (math.pi / 2))
+
+    def sigma(self, tau: Tensor) -> Tensor:
+        return torch.sin(tau * (math.pi / 2))
+
+
+@dataclass(frozen=True)
+class VP(Path):
+    """Variance-preserving score SDE (Song 2021): beta grows linearly from lo to hi."""
+    lo: float = 0.1
+    hi: float = 20.0
+
+    def _log_alpha(self, tau: Tensor) -> Tensor:
+        return -0.5 * (self.lo * tau + 0.5 * (self.hi - self.lo) * tau**2)
+
+    def alpha(self, tau: Tensor) -> Tensor:
+        return torch.exp(self._log_alpha(tau))
+
+    def sigma(self, tau: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(2 * self._log_alpha(tau)))
+
+
+@dataclass(frozen=True)
+class VE(Path):
+    """Variance-exploding score SDE / EDM (Song 2021, Karras 2022): alpha = 1, sigma^(1/rho) linear in tau, sigma(0) = 0."""
+    hi: float = 80.0
+    rho: float = 7.0
+
+    def alpha(self, tau: Tensor) -> Tensor:
+        return torch.ones_like(tau)
+
+    def sigma(self, tau: Tensor) -> Tensor:
+        return self.hi * tau**self.rho
+
+
+@dataclass(frozen=True)
+class Table(Path):
+    """A discrete DDPM schedule: alphas_cumprod of k training steps; tau = (i + 1) / k, nearest entry. Source: Ho 2020.
+
+    `Table.named("squaredcos_cap_v2", 100)` takes diffusers' schedule of that name.
+    """
+    alphas_cumprod: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        bar = (1.0, *self.alphas_cumprod)
+        if len(bar) < 2 or any(b <= a for b, a in zip(bar, bar[1:], strict=False)) or bar[-1] <= 0:
+            raise ValueError("alphas_cumprod must fall strictly from below 1 to above 0, one entry per training step")
+
+    @classmethod
+    def named(cls, schedule: str = "squaredcos_cap_v2", steps: int = 100) -> "Table":
+        from diffusers import DDPMScheduler
+        bar = DDPMScheduler(num_train_timesteps=steps, beta_schedule=schedule).alphas_cumprod
+        return cls(tuple(bar.tolist()))
+
+    def _bar(self, tau: Tensor) -> Tensor:
+        bar = torch.tensor((1.0, *self.alphas_cumprod), dtype=tau.dtype, device=tau.device)
+        return bar[(tau * (len(bar) - 1)).round().long()]
+
+    def snap(self, tau: Tensor) -> Tensor:
+        k = len(self.alphas_cumprod)
+        return ((tau * k).floor() + 1).clamp_max(k) / k
+
+    def alpha(self, tau: Tensor) -> Tensor:
+        return self._bar(tau).sqrt()
+
+    def sigma(self, tau: Tensor) -> Tensor:
+        return (1 - self._bar(tau)).sqrt()
+
+
+def grid(path: Path, steps: int, spacing: str = "trailing") -> list[float]:
+    """The taus a sampler walks through, tau_max ... 0 (steps + 1 floats).
+
+    trailing: evenly spaced, starting at the noisiest time.   leading: skips the noisiest times, as published DDIM numbers do
+    (RECIPES: "leading" starts at tau = .91 for 10 of 100 steps although x is pure noise).   On a Table the times are its own entries.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    k = len(path.alphas_cumprod) if isinstance(path, Table) else None
+    if k and steps > k:
+        raise ValueError(f"{steps} sampling steps on a table of {k} training steps; use at most {k}")
+    if spacing == "trailing":
+        taus: Sequence[float] = [path.tau_max * (1 - i / steps) for i in range(steps)]
+    elif spacing == "leading":
+        total = k or 1000
+        taus = [(i * (total // steps) + 1) / total * path.tau_max for i in reversed(range(steps))]
+    else:
+        raise ValueError(f"spacing {spacing!r} is unknown; use trailing or leading")
+    return [round(t * k) / k if k else t for t in taus] + [0.0]

@@ -1,0 +1,122 @@
+"""Checkpoints: one safetensors file each (weights and, for resuming, optimiser), its facts as json inside and beside it. Nothing is unpickled.
+
+The json inside the file is the one that is read: tensors and facts are replaced together or not at all.
+"""
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from policy.data.normalize import Normalizer
+from policy.diffusion.denoiser import Denoiser
+from policy.planner import Guide, Planner
+from policy.types import Spec
+
+PACKAGES = ("dipole", "torch", "numpy", "zarr", "mujoco", "gymnasium", "diffusers", "safetensors", "hydra-core", "wandb")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything a result depends on."""
+    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Replace `path` atomically. On any failure (a full disk) the file that was there stays; OSError says what to do."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    text = json.dumps(facts, indent=1)
+    try:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, metadata={"dipole": text})
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+        path.with_suffix(".json").write_text(text)
+    except (OSError, SafetensorError) as e:
+        part.unlink(missing_ok=True)
+        kept = f"the previous {path.name} is intact" if path.exists() else "no checkpoint was written"
+        raise OSError(f"could not save {path}: {e}; {kept}. Free some disk space, then resume with: dipole train run={path.parent.parent} resume=true") from e
+
+
+def read(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a checkpoint. FileNotFoundError lists what lies there; ValueError when the file is damaged or foreign."""
+    if not path.exists():
+        there = sorted(p.stem for p in path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"no checkpoint {path}" + (f"; there are {', '.join(there)}" if there else ". Is this the folder of a `dipole train` run?"))
+    try:
+        with safe_open(path, "pt", device=device) as f:
+            facts = json.loads((f.metadata() or {}).get("dipole", "null"))
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path} is damaged ({e}); use another checkpoint of the run, or train again") from e
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} was not written by dipole: it has weights but no facts about them")
+    return tensors, facts
+
+
+def build(config: dict[str, Any], spec: Spec, normalizer: Normalizer, *, trust: Sequence[str] = ()) -> Planner:
+    """A planner from its configuration: nodes encoder, net, schedule, denoiser, sampler, guides, padding_loss.
+
+    Only classes of dipole are built, and of the packages named in `trust`: a checkpoint is data, it cannot name arbitrary code.
+    """
+    _check_targets(config, ("policy", *trust))
+    encoder = instantiate(config["encoder"], obs=dict(spec.obs), t_obs=spec.t_obs)
+    net = instantiate(config["net"], action_dim=spec.action_dim, cond_dim=encoder.tokens * encoder.dim)
+    denoiser = Denoiser(net, instantiate(config["schedule"]), **config["denoiser"])
+    return Planner(spec, normalizer, encoder, denoiser, guides=guides(config.get("guides")), padding_loss=config.get("padding_loss", False),
+                   **sampling(config["sampler"]))
+
+
+def guides(config: dict[str, Any] | None) -> list[Guide]:
+    """conf/guide/*.yaml -> guides in their order."""
+    _check_targets(config, ("policy",))
+    return [instantiate(g) for g in (config or {}).values()]
+
+
+def sampling(config: dict[str, Any]) -> dict[str, Any]:
+    """conf/sampler/*.yaml -> the keyword arguments sampler, steps, spacing of a Planner."""
+    _check_targets(config, ("policy",))
+    return {"sampler": instantiate(config["fn"]), "steps": config["steps"], "spacing": config.get("spacing", "trailing")}
+
+
+def load(run: str | Path, checkpoint: str = "policy", *, device: str = "cpu", trust: Sequence[str] = ()) -> tuple[Planner, dict[str, Any]]:
+    """The planner of a run folder (`run/checkpoints/<checkpoint>.safetensors`, averaged weights), ready to plan, and its facts."""
+    tensors, facts = read(Path(run) / "checkpoints" / f"{checkpoint}.safetensors", device)
+    spec = Spec.from_json(facts["spec"])
+    planner = build(facts["planner"], spec, Normalizer({**spec.obs, "action": (spec.action_dim,)}), trust=trust)
+    planner.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+    return planner.to(device).eval().requires_grad_(False), facts
+
+
+def _check_targets(node: Any, allowed: Sequence[str]) -> None:
+    if isinstance(node, dict):
+        target = str(node.get("_target_", allowed[0]))
+        if target.split(".")[0] not in allowed:
+            raise ValueError(f"the configuration wants to run {target!r}; only {', '.join(allowed)} is trusted. "
+                             f"If you wrote that package: trust=[{target.split('.')[0]}]")
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            _check_targets(child, allowed)
+
+
+def to_torch(device: str) -> torch.device:
+    """"auto" is the GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(device)

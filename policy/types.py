@@ -1,0 +1,87 @@
+"""The words every layer shares, and the axis legend.
+
+b batch, e environments, t robot time, d features, n tokens, k denoising steps, c h w image. Axis order is always (b, t, d).
+Noise time is `tau` (0 data, 1 noise), because `t` is robot time.
+"""
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Obs = dict[str, Tensor]  # {key: (b, t_obs, *shape)}
+
+
+def shape(x: Tensor, axes: str, /, **known: int) -> tuple[int, ...]:
+    """Sizes of x by axis name, checked: `b, t, d = shape(x, "b t d", d=7)`. Raises ValueError naming both shapes."""
+    names = axes.split()
+    want = tuple(known.get(n, n) for n in names)
+    if x.ndim != len(names) or any(isinstance(w, int) and w != s for w, s in zip(want, x.shape, strict=True)):
+        raise ValueError(f"expected shape ({', '.join(f'{n}={w}' if n != w else n for n, w in zip(names, want, strict=True))}), got {tuple(x.shape)}")
+    return tuple(x.shape)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a policy sees and does; saved with every checkpoint and compared with the robot or task it is put on.
+
+    obs: {key: shape of one time step}.   t_obs: observation history.   horizon: steps in a predicted chunk.   fps: control rate [Hz].
+    """
+    obs: dict[str, tuple[int, ...]]
+    action_dim: int
+    t_obs: int = 2
+    horizon: int = 16
+    fps: float = 10.0
+    task: str = ""
+    units: dict[str, str] = field(default_factory=dict)
+    action_semantics: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, d: dict[str, Any]) -> "Spec":
+        return cls(**{**d, "obs": {k: tuple(v) for k, v in d["obs"].items()}})
+
+    def check(self, obs: dict[str, tuple[int, ...]], action_dim: int, fps: float, where: str) -> None:
+        """Raise ValueError when `where` (a task, a robot) does not offer what this policy was trained on."""
+        wrong = [f"observation {k!r} is {'missing' if k not in obs else f'{tuple(obs[k])}'}, trained on {tuple(s)}"
+                 for k, s in self.obs.items() if tuple(obs.get(k, ("missing",))) != tuple(s)]
+        if action_dim != self.action_dim:
+            wrong.append(f"actions have {action_dim} dimensions, trained on {self.action_dim}")
+        if fps and self.fps and abs(fps - self.fps) > 1e-6:
+            wrong.append(f"control runs at {fps} Hz, trained at {self.fps} Hz")
+        if wrong:
+            raise ValueError(f"this checkpoint (trained for {self.task or 'an unnamed task'}) does not fit {where}: {'; '.join(wrong)}. "
+                             f"Evaluate it on its own task, or train one for {where}")
+
+
+@dataclass
+class Batch:
+    """obs {key: (b, t_obs, *shape)};   action (b, t, d), action[:, 0] answers the newest observation;   valid (b, t) bool, False on padding."""
+    obs: Obs
+    action: Tensor
+    valid: Tensor
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch({k: fn(v) for k, v in self.obs.items()}, fn(self.action), fn(self.valid))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+
+@dataclass
+class Cond:
+    """Condition tokens (b, n, d) for the denoiser; mask (b, n) bool, False where a token is absent."""
+    tokens: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def flat(self) -> Tensor:
+        """(b, n*d), absent tokens zeroed: what FiLM layers take."""
+        tokens = self.tokens if self.mask is None else self.tokens * self.mask[..., None]
+        return tokens.flatten(1)
+
+
+Denoise = Callable[[Tensor, Tensor, Cond | None], Tensor]  # (x (b,t,d), tau (b,), cond) -> E[x0 | x] (b,t,d)

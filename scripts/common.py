@@ -1,0 +1,155 @@
+"""What the verbs share: the run folder, the configuration a run was trained with, environments, videos, the result's files."""
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from policy.control import Controller
+from policy.data.store import Store
+from policy.data.windows import TrajectoryDataset
+from policy.planner import Planner
+from policy.report import write_report
+from policy.rollout import Report, evaluate
+from policy.train import checkpoint
+from policy.train.log import bar, console
+
+PLANNER = ("encoder", "net", "schedule", "denoiser", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
+
+
+def plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task)
+
+
+def new_run(cfg: DictConfig) -> Path:
+    """The folder of a new run; refused when a run is already there."""
+    recipe = HydraConfig.get().runtime.choices.get("recipe") or "run"
+    folder = Path(cfg.run) if cfg.run else Path("outputs") / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        folder = folder / str(HydraConfig.get().job.num)
+    if (folder / "checkpoints").exists():
+        raise FileExistsError(f"{folder} already holds a run. Go on with it: dipole train run={folder} resume=true; or choose another run=…")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
+    """The configuration the run was trained with, with this command's overrides applied on top."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is not a training run: it has no config.yaml")
+    saved = OmegaConf.load(path)
+    now = overrides()
+    name = HydraConfig.get().job.config_name
+    both = compose(name, [*_trained_with(folder), *now])  # so that sampler.steps=4 keeps the sampler the run was trained with
+    touched = {o.lstrip("+~").split("=")[0].split(".")[0].split("/")[0].split("@")[0] for o in now} - {"run", "resume"}
+    if "recipe" in touched:
+        raise ValueError("a run keeps its recipe; start a new run for another one")
+    result = OmegaConf.merge(cfg, saved)
+    for key in touched | ({k for k in cfg if k not in saved}):
+        OmegaConf.update(result, key, both[key], merge=False, force_add=True)
+    return result  # type: ignore[return-value]
+
+
+def _trained_with(folder: Path) -> list[str]:
+    path = folder / "overrides.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write_start(folder: Path, cfg: DictConfig) -> None:
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    (folder / "overrides.json").write_text(json.dumps([o for o in overrides() if o.split("=")[0] not in ("run", "resume")]))
+    (folder / "versions.json").write_text(json.dumps(checkpoint.versions(), indent=1))
+
+
+def planner_config(cfg: DictConfig) -> dict[str, Any]:
+    return {**{k: plain(cfg[k]) for k in PLANNER}, "guides": plain(cfg.guide), "padding_loss": cfg.padding_loss}
+
+
+def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryDataset:
+    d = plain(cfg.data)
+    return TrajectoryDataset(Store.open(d.pop("path")), d.pop("obs"), d.pop("action"), t_obs=cfg.t_obs, horizon=cfg.horizon, split=split, device=device, **d)
+
+
+def make_envs(env: DictConfig, copies: int):
+    """conf/env/*.yaml -> (name, control rate [Hz], vector environment). A node yields a task, or a function of the number of copies."""
+    from envs.batch import BatchEnv
+    from envs.task import Task
+    made = instantiate(env)
+    if isinstance(made, Task):
+        return made.name, made.fps, BatchEnv(made, copies)
+    envs = made(copies)
+    return getattr(envs, "name", env["_target_"]), float(envs.metadata.get("render_fps", 0)), envs
+
+
+def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, seed: int, copies: int, videos: int,
+            extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Evaluate, write metrics.json and videos into folder, return the metrics."""
+    name, fps, envs = make_envs(cfg.env, min(copies, episodes))
+    try:
+        space = envs.single_observation_space
+        if not hasattr(space, "spaces"):
+            raise ValueError(f"{name} observes {space}; a policy needs named observations (a gymnasium Dict space)")
+        planner.spec.check({k: v.shape for k, v in space.spaces.items()}, envs.single_action_space.shape[0], fps, name)
+        with bar() as progress:
+            task = progress.add_task("roll out", total=episodes, note="")
+            report = evaluate(Controller(planner, **cfg.control), envs, episodes, seed, task=name, on_progress=lambda n: progress.update(task, completed=n))
+        metrics = {**report.metrics(), **(extra or {}), "command": command(), "sampler": plain(cfg.sampler), "control": plain(cfg.control)}
+        metrics["videos"] = write_videos(report, envs, folder, videos, fps) if hasattr(envs, "render_states") else []
+    finally:
+        envs.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    return metrics
+
+
+def write_videos(report: Report, envs: Any, folder: Path, count: int, fps: float) -> list[dict[str, Any]]:
+    """mp4 of up to `count` episodes: failures first (they teach most) up to half, the rest successes."""
+    if not count:
+        return []
+    import imageio.v3 as iio
+    failed, won = [e for e in report.episodes if not e.success], [e for e in report.episodes if e.success]
+    few = failed[: max(count // 2, count - len(won))]
+    chosen = few + won[: count - len(few)]
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "videos").glob("seed_*.mp4"):
+        old.unlink()
+    made = []
+    with bar() as progress:
+        task = progress.add_task("videos", total=len(chosen), note="")
+        for e in chosen:
+            frames = envs.render_states(**e.states, size=256)
+            file = f"videos/seed_{e.seed}.mp4"
+            iio.imwrite(folder / file, frames, fps=fps, codec="libx264", macro_block_size=16)
+            made.append({"file": file, "seed": e.seed, "success": e.success, "score": e.score})
+            progress.advance(task)
+    return made
+
+
+def result_line(metrics: dict[str, Any]) -> str:
+    lo, hi = metrics["success_ci"]
+    low, high = metrics["score_ci"]
+    return (f"{metrics['task']}: success {metrics['success']:.1%} [{lo:.1%}, {hi:.1%}], score {metrics['score']:.3f} [{low:.3f}, {high:.3f}] "
+            f"over {metrics['episodes']} distinct seeds; one plan {metrics['plan_ms']['p50']:.1f} ms")
+
+
+def command() -> str:
+    return shlex.join([Path(sys.argv[0]).name if "/" in sys.argv[0] else sys.argv[0], *sys.argv[1:]])
+
+
+def finish(folder: Path, line: str) -> None:
+    """The last line of every command: the result and where it lies."""
+    page = write_report(folder)
+    console.print(f"[bold]{line}[/]\nreport: {page}", highlight=False)

@@ -1,0 +1,42 @@
+"""Roll a trained planner out on distinct seeds: dipole eval run=outputs/gantry episodes=100 sampler=heun."""
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from policy.train import checkpoint
+from policy.train.log import console
+from scripts import common
+
+
+def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Evaluate the run's checkpoint as cfg says; metrics, videos and report lie in the folder that the last line names."""
+    torch.set_num_threads(cfg.threads)
+    planner, facts = checkpoint.load(folder, cfg.checkpoint, device=str(checkpoint.to_torch(cfg.device)))
+    planner.set_sampler(**checkpoint.sampling(common.plain(cfg.sampler)))
+    planner.guides = checkpoint.guides(common.plain(cfg.guide))
+    torch.manual_seed(cfg.seed)  # a stochastic sampler's draws
+    out = Path(cfg.out) if cfg.out else folder / "eval" / f"{cfg.checkpoint}-{sampler_name(cfg)}"
+    metrics = common.rollout(planner, cfg, out, episodes=cfg.episodes, seed=cfg.seed, copies=cfg.copies, videos=cfg.videos,
+                             extra={"run": str(folder), "checkpoint": cfg.checkpoint, "step": facts["step"], "cpu_s": facts["cpu_s"]})
+    common.write_start(out, cfg)
+    common.finish(out, common.result_line(metrics))
+    return metrics
+
+
+def sampler_name(cfg: DictConfig) -> str:
+    fn = cfg.sampler.fn
+    name = fn.get("name") or fn["_target_"].rsplit(".", 1)[-1]
+    return f"{name}{'-eta' + str(fn.eta) if fn.get('eta') else ''}-{cfg.sampler.steps}"
+
+
+@hydra.main(version_base=None, config_path="pkg://conf", config_name="eval")
+def main(cfg: DictConfig) -> None:
+    folder = Path(cfg.run)
+    evaluate(common.of_run(cfg, folder), folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Train a planner on demonstrations: dipole train recipe=gantry data.path=demos/gantry.zarr."""
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from policy.data.normalize import Normalizer
+from policy.planner import Planner
+from policy.train import checkpoint
+from policy.train.log import Log, console
+from policy.train.loop import NotFinite, Settings, Trainer
+from policy.types import Spec
+from scripts import common
+
+
+def train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """Train into folder; metrics of the last rollout when there was one."""
+    torch.set_num_threads(cfg.threads)
+    device = checkpoint.to_torch(cfg.device)
+    data, val = (common.dataset(cfg, split, device) for split in ("train", "val"))
+    spec = spec_of(cfg, data.shapes)
+    modes = cfg.normalize if isinstance(cfg.normalize, str) else common.plain(cfg.normalize)
+    torch.manual_seed(cfg.train.seed)  # initial weights
+    config = common.planner_config(cfg)
+    planner = checkpoint.build(config, spec, Normalizer.fit(data.arrays, modes)).to(device)
+    settings = Settings(**{**common.plain(cfg.train), "betas": tuple(cfg.train.betas)})
+    last: dict[str, Any] = {}
+
+    def rollout(planner: Planner, step: int) -> dict[str, Any]:
+        metrics = common.rollout(planner, cfg, folder, copies=cfg.rollout.episodes, **cfg.rollout)
+        log.videos(step, [folder / v["file"] for v in metrics["videos"]])
+        last.update(metrics)
+        return {k: v for k, v in metrics.items() if k not in ("per_episode", "seeds", "videos", "command")}
+
+    trainer = Trainer(planner, data, folder, settings, config=config, val=val, rollout=rollout)
+    if cfg.resume:
+        trainer.resume()
+    console.print(f"{folder}: {len(data.episodes)} episodes, {len(data)} windows, {sum(p.numel() for p in planner.parameters()) / 1e6:.2f} M parameters, "
+                  f"{device}, {'bf16' if trainer.bf16 else 'fp32'}", highlight=False)
+    with Log(folder, config={**config, "train": common.plain(cfg.train), "versions": checkpoint.versions()}, resume_at=trainer.step, **cfg.log) as log:
+        trainer.run(log)
+    common.finish(folder, common.result_line(last) if last else f"trained {trainer.step} steps in {trainer.cpu_s:.0f} CPU-seconds")
+    return last or None
+
+
+def spec_of(cfg: DictConfig, shapes: dict[str, tuple[int, ...]]) -> Spec:
+    from policy.data.store import Store
+    store = Store.open(cfg.data.path)
+    return Spec(obs={k: s for k, s in shapes.items() if k != "action"}, action_dim=shapes["action"][0], t_obs=cfg.t_obs, horizon=cfg.horizon,
+                fps=float(store.fps or 0), task=cfg.env["_target_"].rsplit(".", 1)[-1], units=store.units or {}, action_semantics=store.action_semantics or "")
+
+
+@hydra.main(version_base=None, config_path="pkg://conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    if cfg.resume:
+        if not cfg.run:
+            raise SystemExit("resume=true needs run=FOLDER")
+        folder = Path(cfg.run)
+        cfg = common.of_run(cfg, folder)
+        cfg.resume = True
+    else:
+        folder = common.new_run(cfg)
+        common.write_start(folder, cfg)
+    try:
+        train(cfg, folder)
+    except NotFinite as e:
+        raise SystemExit(f"error: {e}") from e
+
+
+if __name__ == "__main__":
+    main()
