@@ -38,6 +38,7 @@ class Task:
     substeps: int  # physics steps per control step
     camera: str  # the MJCF camera that videos are seen through
     action_semantics: str
+    expert_noise: float | tuple[float, ...] = 0.0  # standard deviation per action dimension, for collecting demonstrations
     max_steps: int  # control steps until truncation
     units: dict[str, str]  # of every observation key and of "action"
     observation_space: gymnasium.spaces.Dict
