@@ -1,7 +1,7 @@
 """What is in this dataset: a text table and one picture. They back `dipole data info path=…`."""
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-import math
 
 import numpy as np
 
@@ -52,16 +52,19 @@ def draw(store: Store, path: Path | str, keys: Iterable[str] | None = None, *, e
     top = 4.0 if planes else 2.2
     figure = Figure(figsize=(14, top + 1.15 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.add_gridspec(2, 1, height_ratios=[top, max(0.1, 1.15 * rows)])
-    figure.suptitle(f"{store.path.name}: {store.episodes} episodes, {store.steps} steps"
-                    f"{f' at {store.fps:g} Hz' if store.fps else ''}   (drawn: {len(shown)} episodes, episode {shown[0]} in red)", fontsize=11)
-    first, *rest = upper.subgridspec(1, 1 + len(planes))
-    _lengths(figure.add_subplot(first), np.diff(store.episode_ends, prepend=0))
-    for cell, key in zip(rest, planes, strict=True):
-        _plane(figure.add_subplot(cell), key, store.units.get(key, ""), motion[key])
-    for cell, part in zip(lower.subgridspec(1, max(1, len(columns))), columns, strict=False):
-        for place, (key, c) in zip(cell.subgridspec(len(part), 1), part, strict=True):
-            axis = figure.add_subplot(place)
+    outer = figure.add_gridspec(2, 1, height_ratios=[top, max(0.1, 1.15 * rows)])
+    heads = outer[0].subgridspec(1, 1 + len(planes))
+    rate = f" at {store.fps:g} Hz" if store.fps else ""
+    figure.suptitle(f"{store.path.name}: {store.episodes} episodes, {store.steps} steps{rate}   "
+                    f"(drawn: {len(shown)} episodes, episode {shown[0]} in red)", fontsize=11)
+    _lengths(figure.add_subplot(heads[0]), np.diff(store.episode_ends, prepend=0))
+    for at, key in enumerate(planes, 1):
+        _plane(figure.add_subplot(heads[at]), key, store.units.get(key, ""), motion[key])
+    below = outer[1].subgridspec(1, max(1, len(columns)))
+    for at, part in enumerate(columns):
+        places = below[at].subgridspec(len(part), 1)
+        for row, (key, c) in enumerate(part):
+            axis = figure.add_subplot(places[row])
             _strip(axis, _label(key, c, store.schema[key][0]), [x.reshape(len(x), -1)[:, c] for x in motion[key]], store.fps)
         axis.set_xlabel("time [s]" if store.fps else "step", fontsize=8)  # the lowest of its column
         axis.tick_params(labelbottom=True)
@@ -115,7 +118,8 @@ def _stats(store: Store, key: str) -> tuple[str, str, str]:
     starts = starts[np.linspace(0, len(starts) - 1, 8).astype(int)] if sampled else starts
     parts = [store.read(key, lo, min(int(lo) + block, store.steps)) for lo in starts.tolist()]
     mean = sum(p.mean(dtype=np.float64) * len(p) for p in parts) / sum(map(len, parts))
-    return tuple(f"{'~' if sampled else ''}{v:.4g}" for v in (min(p.min() for p in parts), max(p.max() for p in parts), mean))
+    about = "~" if sampled else ""
+    return f"{about}{min(p.min() for p in parts):.4g}", f"{about}{max(p.max() for p in parts):.4g}", f"{about}{mean:.4g}"
 
 
 def _bytes(n: float) -> str:

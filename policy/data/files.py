@@ -1,11 +1,12 @@
 """The files under a dataset: a zarr group (v2 or v3) in a directory or a .zip, opened with errors that name the file and the cure.
 
-zarr reads a chunk file that is missing, or empty in v3, as zeros without a word. For a robot's data that is a silent lie, so `read_rows`
-looks at the files first.
+zarr reads a chunk file that is missing, or empty in v3, as zeros without a word, and Blosc turns a truncated one into stray memory. For a
+robot's data that is a silent lie, so `read_rows` looks at the files first.
 """
+import zipfile
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-import zipfile
 
 import numcodecs.errors
 import numpy as np
@@ -28,8 +29,9 @@ class Files:
         self.path, self.writable = Path(path), writable
         if not self.path.exists():
             raise DataError(f"{self.path} does not exist. Check path=…, or record a dataset there first")
+        self.sizes: dict[str, int] | None = None  # a directory is asked file by file: it may be growing
+        self.store: LocalStore | ZipStore
         if self.path.is_dir():
-            self.sizes = None  # a directory is asked file by file: it may be growing
             self.store = LocalStore(self.path, read_only=not writable)
         else:
             self.sizes = _zip_sizes(self.path)
@@ -49,7 +51,15 @@ class Files:
         file = self.path / name
         return file.stat().st_size if file.is_file() else 0
 
-    def keys(self) -> list[str]:
+    def head(self, name: str, n: int) -> bytes:
+        """The first n bytes of the file called name."""
+        if self.sizes is None:
+            with open(self.path / name, "rb") as f:
+                return f.read(n)
+        with zipfile.ZipFile(self.path) as z, z.open(name) as f:
+            return f.read(n)
+
+    def data_keys(self) -> list[str]:
         """Names of the arrays directly under data/."""
         meta = "zarr.json" if self.format == 3 else ".zarray"
         if self.sizes is None:
@@ -80,7 +90,8 @@ class Files:
             cure = f"pip install {package}" if package else "Install the package that provides it"
             raise DataError(f"{self.path}: {name} is compressed with a codec that is not installed ({e}). {cure}, then try again") from e
         except (ValueError, TypeError, KeyError) as e:
-            raise DataError(f"{self.path}: the metadata of {name or 'the group'} is damaged ({e}). Copy the dataset again from its source") from e
+            raise DataError(f"{self.path}: the metadata of {name or 'the group'} is damaged ({e}). "
+                            "Copy the dataset again from its source") from e
 
 
 def _zip_sizes(path: Path) -> dict[str, int]:
@@ -91,7 +102,7 @@ def _zip_sizes(path: Path) -> dict[str, int]:
         raise DataError(f"{path} is neither a directory nor a readable .zip ({e}). If it was downloaded, download it again") from e
 
 
-def row_files(array: zarr.Array, name: str, lo: int, hi: int):
+def row_files(array: zarr.Array, name: str, lo: int, hi: int) -> Iterator[tuple[int, int, str]]:
     """Yield (first frame, end frame, file name) of every chunk or shard file that holds frames [lo, hi)."""
     grid = array.shards or array.chunks
     columns = [range(-(-n // c)) for n, c in zip(array.shape[1:], grid[1:], strict=True)]
@@ -100,13 +111,18 @@ def row_files(array: zarr.Array, name: str, lo: int, hi: int):
             yield row * grid[0], (row + 1) * grid[0], f"{name}/{array.metadata.encode_chunk_key((row, *column))}"
 
 
-def read_rows(files: Files, array: zarr.Array, name: str, lo: int, hi: int, *, fill_missing: bool, where) -> np.ndarray:
+def read_rows(files: Files, array: zarr.Array, name: str, lo: int, hi: int, *, fill_missing: bool,
+              where: Callable[[int, int], str]) -> np.ndarray:
     """Frames [lo, hi) of array, every file accounted for.   where(lo, hi): words for the episodes those frames belong to."""
-    if not fill_missing:
-        for a, b, file in row_files(array, name, lo, hi):
-            if not files.size(file):
-                raise DataError(f"{files.path}: {name} lacks the file {file}, which holds {where(a, b)}. Copy the dataset again; if its writer "
-                                "leaves out chunks of zeros (zarr-python 3 does by default), open it with missing='zeros'")
+    blosc = not array.shards and any(type(c).__name__ in ("Blosc", "BloscCodec") for c in array.compressors[-1:])
+    for a, b, file in row_files(array, name, lo, hi):
+        size = files.size(file)
+        if not size and not fill_missing:
+            raise DataError(f"{files.path}: {name} lacks the file {file}, which holds {where(a, b)}. Copy the dataset again; if its writer "
+                            "leaves out chunks of zeros (zarr-python 3 does by default), open it with missing='zeros'")
+        # Blosc believes its header and reads past the end of a truncated chunk, into whatever memory comes next.
+        if size and blosc and (said := int.from_bytes(files.head(file, 16)[12:], "little")) != size:
+            raise _undecodable(files, name, file, where(a, b), f"Blosc announces {said}")
     try:
         return np.asarray(array[lo:hi])
     except Exception as e:  # every codec raises a class of its own
@@ -114,6 +130,10 @@ def read_rows(files: Files, array: zarr.Array, name: str, lo: int, hi: int, *, f
             try:
                 array[max(a, lo):min(b, hi)]
             except Exception as cause:
-                raise DataError(f"{files.path}: {name} cannot be decoded in the file {file} ({files.size(file)} bytes: {cause}), which holds "
-                                f"{where(a, b)}. The file is truncated or damaged: copy the dataset again from its source") from e
+                raise _undecodable(files, name, file, where(a, b), str(cause)) from e
         raise
+
+
+def _undecodable(files: Files, name: str, file: str, where: str, why: str) -> DataError:
+    return DataError(f"{files.path}: {name} cannot be decoded in the file {file} ({files.size(file)} bytes: {why}), which holds {where}. "
+                     "The file is truncated or damaged: copy the dataset again from its source")

@@ -33,7 +33,7 @@ class Normalizer(nn.Module):
 
         modes, one for all or {key: mode}: limits (min, max -> -1, 1), quantile (1 %, 99 % -> -1, 1), gaussian (mean 0, std 1), identity
         (quaternions, 6-D rotations), image (0 … 255 -> -1, 1). Where no mode is given it is limits; uint8 is always image or identity.
-        min_range: a channel spanning less, in its own unit, is constant; so is one spanning less than 1e-6 of its magnitude (float32 rounding).
+        min_range: a channel that spans less, in its own unit, is constant; so is one that spans less than 1e-6 of its magnitude (rounding).
         """
         given = modes if isinstance(modes, Mapping) else dict.fromkeys(arrays, modes)
         if unknown := set(given) - set(arrays):
@@ -41,8 +41,8 @@ class Normalizer(nn.Module):
         self = cls({key: tuple(x.shape[1:]) for key, x in arrays.items()})
         for key, x in arrays.items():
             mode = given.get(key, "limits")
-            if mode not in MODES:
-                raise ValueError(f"mode {mode!r} of {key!r} is unknown; use one of {', '.join(MODES)}")
+            if mode not in MEASURED and mode not in FIXED:
+                raise ValueError(f"mode {mode!r} of {key!r} is unknown; use one of {', '.join([*MEASURED, *FIXED])}")
             if x.dtype == torch.uint8 and mode != "identity":
                 mode = "image"
             self._set(key, x, mode, min_range)
@@ -65,20 +65,18 @@ class Normalizer(nn.Module):
         return getattr(self, _name("shift", key)), getattr(self, _name("scale", key))
 
     def _set(self, key: str, x: Tensor, mode: str, min_range: float) -> None:
-        if mode in ("image", "identity"):  # need no statistics: an image data set is not read
-            shift, scale = (127.5, 127.5) if mode == "image" else (0.0, 1.0)
-            for buffer, value in zip(self._affine(key), (shift, scale), strict=True):
-                buffer.fill_(value)
+        shift, scale = self._affine(key)
+        if mode in FIXED:
+            shift.fill_(FIXED[mode][0])
+            scale.fill_(FIXED[mode][1])
             return
         if not len(x):
             raise ValueError(f"{key!r} has no frames to fit on")
-        shift, scale = self._affine(key)
-        flat = x.to(torch.float64).flatten() if x.ndim > 3 else x.to(torch.float64)
-        flat = flat.reshape(-1, scale.numel())
+        flat = x.to(torch.float64).reshape(-1, scale.numel())
         lo, hi = flat.amin(0), flat.amax(0)
         if not (lo.isfinite() & hi.isfinite()).all():
             raise ValueError(f"{key!r} has NaN or infinite values; check_finite(store) names the episode and step")
-        middle, half = MODES[mode](flat, lo, hi)
+        middle, half = MEASURED[mode](flat, lo, hi)
         moves = hi - lo >= torch.maximum(lo.abs(), hi.abs()).mul(1e-6).clamp_min(min_range)
         shift.copy_(torch.where(moves, middle, (lo + hi) / 2).view_as(shift))
         scale.copy_(torch.where(moves, half, torch.ones_like(half)).view_as(scale))
@@ -105,4 +103,6 @@ def _gaussian(x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(0), x.std(0, unbiased=False)
 
 
-MODES: dict[str, Callable | None] = {"limits": _limits, "quantile": _quantile, "gaussian": _gaussian, "image": None, "identity": None}
+Measure = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x (n, m), minimum (m,), maximum (m,)) -> shift (m,), scale (m,)
+MEASURED: dict[str, Measure] = {"limits": _limits, "quantile": _quantile, "gaussian": _gaussian}
+FIXED = {"image": (127.5, 127.5), "identity": (0.0, 1.0)}

@@ -7,15 +7,16 @@ written before its end, so a frame beyond the last end belongs to an episode tha
 overwrites it. Growing episode_ends and writing the new value are two files; in between the new entry reads 0, which no episode can end
 at, so trailing zeros are ignored. One process writes at a time. (Power loss is another matter: nothing here calls fsync.)
 """
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import zarr
+from numpy.typing import DTypeLike
 from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore
 
@@ -38,7 +39,7 @@ class Store:
     def __init__(self, files: Files, *, fill_missing: bool):
         """Use Store.open or Store.create."""
         self._files, self._fill_missing = files, fill_missing
-        self._arrays = {key: files.array(f"data/{key}") for key in files.keys()}
+        self._arrays = {key: files.array(f"data/{key}") for key in files.data_keys()}
         if not self._arrays:
             raise DataError(f"{files.path}: there is nothing under data/. A dataset has data/<key> (N, …) for each observation and action")
         self.attrs = files.attrs()
@@ -46,7 +47,7 @@ class Store:
         self._check()
 
     @classmethod
-    def create(cls, path: Path | str, schema: Mapping[str, tuple[Sequence[int], object]], *, fps: float,
+    def create(cls, path: Path | str, schema: Mapping[str, tuple[Sequence[int], DTypeLike]], *, fps: float,
                units: Mapping[str, str] | None = None, action_semantics: str | None = None, attrs: Mapping | None = None) -> "Store":
         """Make an empty dataset, open for appending.   schema: {key: (shape of one frame, dtype)}.   DataError when path is taken."""
         path = Path(path)
@@ -171,8 +172,8 @@ class Store:
         if not episodes:
             return
         if len(on_disk := _committed_ends(self._files)) != self.episodes:
-            raise DataError(f"{self.path} has {len(on_disk)} episodes on disk, {self.episodes} when it was opened: another process writes to it. "
-                            "Stop that one, or record into separate datasets")
+            raise DataError(f"{self.path} has {len(on_disk)} episodes on disk, this writer knows {self.episodes}: another process "
+                            "writes to it. Stop that one, or record into separate datasets")
         start, ends = self.steps, self.steps + np.cumsum([len(next(iter(e.values()))) for e in episodes])
         for key, array in self._arrays.items():
             array.resize((int(ends[-1]), *array.shape[1:]))
@@ -206,17 +207,19 @@ class Store:
         ends, path = self._ends, self.path
         if len(ends) and (ends[0] <= 0 or (np.diff(ends) <= 0).any()):
             i = 0 if ends[0] <= 0 else int(np.argmax(np.diff(ends) <= 0)) + 1
-            raise DataError(f"{path}: {ENDS} must be positive and strictly increasing, but entry {i} is {ends[i]}"
-                            f"{f' after {ends[i - 1]}' if i else ''}. It holds cumulative frame counts, not lengths: write np.cumsum(lengths)")
+            after = f" after {ends[i - 1]}" if i else ""
+            raise DataError(f"{path}: {ENDS} must be positive and strictly increasing, but entry {i} is {ends[i]}{after}. "
+                            "It holds cumulative frame counts, not lengths: write np.cumsum(lengths)")
         for key, array in self._arrays.items():
             if array.ndim < 1 or array.shape[0] < self.steps:
-                raise DataError(f"{path}: data/{key} has {array.shape[0] if array.ndim else 'no'} frames, but {ENDS} counts {self.steps}. "
-                                "Every key needs one row per frame: write the missing rows, or remove the key")
+                raise DataError(f"{path}: data/{key} has {array.shape[0] if array.ndim else 'no'} frames, but {ENDS} counts "
+                                f"{self.steps}. Every key needs one row per frame: write the missing rows, or remove the key")
 
     def _checked(self, episode: Mapping[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
         """The episode in the store's dtypes, or DataError."""
         if set(episode) != set(self._arrays):
-            raise DataError(f"{self.path}: episode {i} has the keys {sorted(episode)}, the dataset has {sorted(self._arrays)}. They must be the same")
+            raise DataError(f"{self.path}: episode {i} has the keys {sorted(episode)}, the dataset has {sorted(self._arrays)}. "
+                            "They must be the same")
         out, lengths = {}, {}
         for key, (shape, dtype) in self.schema.items():
             x = np.asarray(episode[key])
@@ -224,7 +227,7 @@ class Store:
                 raise DataError(f"{self.path}: {key!r} of episode {i} has shape {x.shape}, expected (n, {', '.join(map(str, shape))}): "
                                 "n frames of the shape the dataset was created with")
             if not np.can_cast(x.dtype, dtype, "same_kind"):
-                raise DataError(f"{self.path}: {key!r} of episode {i} is {x.dtype}, which does not fit {dtype}. Convert it before appending")
+                raise DataError(f"{self.path}: {key!r} of episode {i} is {x.dtype}, which does not fit {dtype}. Convert it first")
             out[key], lengths[key] = x.astype(dtype, copy=False), len(x)
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise DataError(f"{self.path}: episode {i} needs the same number of frames (at least 1) in every key, got {lengths}")
@@ -248,7 +251,8 @@ def _committed_ends(files: Files) -> np.ndarray:
     """meta/episode_ends (E,) int64 without the trailing zeros of an episode that was never finished."""
     array = files.array(ENDS)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DataError(f"{files.path}: {ENDS} must be one row of integers, got {array.dtype} {array.shape}. Write np.cumsum(lengths) as int64")
+        raise DataError(f"{files.path}: {ENDS} must be one row of integers, got {array.dtype} {array.shape}. "
+                        "Write np.cumsum(lengths) as int64")
     n, chunk = array.shape[0], (array.shards or array.chunks)[0]
     for lo in range(0, n, chunk):
         file = f"{ENDS}/{array.metadata.encode_chunk_key((lo // chunk,))}"
@@ -273,5 +277,6 @@ def refuse_not_finite(store: Store, key: str, values: np.ndarray, lo: int) -> No
     if bad.any():
         frame = lo + int(bad.argmax())
         i = int(np.searchsorted(store.episode_ends, frame, side="right"))
-        raise DataError(f"{store.path}: {key!r} is not finite at step {frame - store.span(i)[0]} of episode {i} (frame {frame}, {bad.sum()} such "
-                        "frames read). Find out why the recorder wrote NaN or infinity, and drop or repair that episode")
+        raise DataError(f"{store.path}: {key!r} is not finite at step {frame - store.span(i)[0]} of episode {i} "
+                        f"(frame {frame}, {bad.sum()} such frames read). Find out why the recorder wrote NaN or "
+                        "infinity, and drop or repair that episode")

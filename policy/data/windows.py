@@ -4,10 +4,10 @@ A window belongs to a frame i. Its observation history is frames i-t_obs+1 … i
 Both stay inside the episode: before its start the first frame is repeated (as a controller does at reset), behind its end the last action
 is repeated and marked invalid.
 """
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-import math
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from policy.data.files import DataError
 from policy.data.store import BLOCK_BYTES, Store, refuse_not_finite
 from policy.types import Batch
+
 
 @dataclass(frozen=True)
 class Field:
@@ -40,8 +41,9 @@ class TrajectoryDataset(Dataset):
     """One window per frame of the split's episodes.   dataset[i] -> Batch without the b axis;   batch(index) -> Batch.
 
     obs, action: {name: stored key or Field}, stored key or Field.   device: where every frame lives and where batches are made.
-    split: whole episodes are held out, val_ratio of them (at least one, when there are two) by a permutation from seed; max_episodes keeps
-    the first so many training episodes of that permutation and leaves "val" as it is. "all" is both.
+    split: whole episodes are held out, val_ratio of them (at least one, when there are two) by a permutation from seed; max_episodes
+    keeps that many training episodes and leaves "val" as it is. "all" is both.
+    arrays {name: (n, *shape)} holds the split's frames, "action" included: what a Normalizer is fitted on.
     Under a DataLoader pass collate_fn=TrajectoryDataset.collate. KeyError lists the stored keys; DataError names a NaN or a damaged file.
     """
 
@@ -51,12 +53,12 @@ class TrajectoryDataset(Dataset):
         if t_obs < 1 or horizon < 1:
             raise ValueError(f"t_obs and horizon count frames and are at least 1, got {t_obs} and {horizon}")
         if "action" in obs:
-            raise ValueError("an observation cannot be named 'action', since batches and normalisers use that name. Call it, say, last_action")
+            raise ValueError("an observation cannot be named 'action', batches and normalisers use that name. Call it, say, last_action")
         self.t_obs, self.horizon, self.split = t_obs, horizon, split
         self.episodes = split_episodes(store.episodes, split, val_ratio=val_ratio, seed=seed, max_episodes=max_episodes)
         spans = [store.span(i) for i in self.episodes]
         fields = {**{name: Field.of(f) for name, f in obs.items()}, "action": Field.of(action)}
-        self.arrays = {name: load(store, f, spans).to(device) for name, f in fields.items()}  # {name: (n, *shape)}, for fitting a Normalizer
+        self.arrays = {name: load(store, f, spans).to(device) for name, f in fields.items()}  # {name: (n, *shape)}
         if self.arrays["action"].ndim != 2:
             raise DataError(f"{store.path}: action {fields['action'].key!r} has shape {tuple(self.arrays['action'].shape[1:])} per frame, "
                             "expected (d,). Flatten it when recording")
@@ -111,7 +113,8 @@ def split_episodes(n: int, split: str, *, val_ratio: float, seed: int, max_episo
     train, val = order[n_val:][:max_episodes], order[:n_val]
     chosen = {"train": train, "val": val, "all": np.concatenate([train, val])}[split]
     if not len(chosen):
-        raise ValueError(f"split {split!r} is empty: {n} episodes, val_ratio={val_ratio}. Use val_ratio > 0 and at least 2 episodes, or split=train")
+        raise ValueError(f"split {split!r} is empty: {n} episodes, val_ratio={val_ratio}. "
+                         "Use val_ratio > 0 and at least 2 episodes, or split=train")
     return sorted(chosen.tolist())
 
 
@@ -120,14 +123,15 @@ def load(store: Store, field: Field, spans: Sequence[tuple[int, int]]) -> Tensor
     if field.key not in store.schema:
         raise KeyError(f"{field.key!r} is not in {store.path} (known: {', '.join(store.keys)})")
     shape, dtype = store.schema[field.key]
-    out, at = None, 0
+    n, at = sum(hi - lo for lo, hi in spans), 0
+    out: Tensor = torch.empty(0)
     for lo, hi in _blocks(spans, max(1, BLOCK_BYTES // max(1, math.prod(shape) * dtype.itemsize))):
         values = store.read(field.key, lo, hi).reshape(hi - lo, *(shape or (1,)))
         if dtype.kind == "f":
             refuse_not_finite(store, field.key, values, lo)
         part = torch.from_numpy(_cast(store, field, _take(store, field, values)))
-        if out is None:
-            out = part.new_empty(sum(b - a for a, b in spans), *part.shape[1:])
+        if not at:
+            out = part.new_empty(n, *part.shape[1:])
         out[at:at + len(part)] = part
         at += len(part)
     return out
@@ -167,5 +171,6 @@ def _cast(store: Store, field: Field, values: np.ndarray) -> np.ndarray:
         keep = field.dtype is None and values.dtype == np.uint8
         return np.ascontiguousarray(values, np.uint8 if keep else np.float32)
     if values.min() < 0 or values.max() > 255 or (values.max() <= 1 and (values % 1).any()):
-        raise DataError(f"{store.path}: {field.key!r} spans {values.min()} to {values.max()}, so it is not an image in 0 … 255. Leave out dtype: uint8")
+        raise DataError(f"{store.path}: {field.key!r} spans {values.min()} to {values.max()}, so it is not an image in 0 … 255. "
+                        "Leave out dtype: uint8")
     return np.rint(values).astype(np.uint8)

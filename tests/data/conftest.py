@@ -1,9 +1,9 @@
 """A small recorded dataset, and the real Push-T demonstrations where they are at hand."""
-from pathlib import Path
 import os
+from pathlib import Path
 
-from data_cases import EPISODES, SCHEMA
 import pytest
+from data_cases import EPISODES, SCHEMA
 
 from policy.data import Store
 

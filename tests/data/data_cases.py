@@ -1,7 +1,7 @@
 """What the data tests share: small datasets with known contents, as we and as others write them."""
-from pathlib import Path
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import zarr

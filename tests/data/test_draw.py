@@ -1,7 +1,7 @@
 """The table says what is in the dataset, and the picture shows it."""
+import pytest
 from data_cases import SCHEMA
 from matplotlib.image import imread
-import pytest
 
 from policy.data import DataError, Store
 from policy.data.draw import describe, draw

@@ -1,14 +1,14 @@
 """A recorder that dies at any moment leaves every completed episode intact."""
-from contextlib import suppress
-from multiprocessing import get_context
-from pathlib import Path
 import os
 import random
 import time
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
 
-from data_cases import SCHEMA, assert_same, make_episode
 import pytest
 import zarr.storage._local as local
+from data_cases import SCHEMA, assert_same, make_episode
 
 from policy.data import DataError, Store
 
@@ -115,9 +115,9 @@ def kill_repeatedly(path: Path, kills: int, seed: int) -> int:
         recorder.kill()
         recorder.join()
         assert recorder.exitcode == -9
-        said = [int(line) for line in acknowledged.read_text().split()]
+        last = int(acknowledged.read_text().split()[-1])
         store = Store.open(path)
-        assert store.episodes in (len(said), len(said) + 1) and said == list(range(len(said)))
+        assert last + 1 <= store.episodes <= last + 2  # the one after may be complete and not yet acknowledged
         assert_same(store, [episode(i) for i in range(store.episodes)])
     return store.episodes
 

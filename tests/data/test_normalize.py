@@ -1,9 +1,10 @@
 """Normalised values lie where the mode says; decode undoes encode; statistics travel with the weights and the exported graph."""
-from hypothesis import given, settings, strategies as st
-from hypothesis.extra.numpy import arrays
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from policy.data import Normalizer
 
@@ -116,7 +117,8 @@ def test_export():
             x = self.norm.encode(obs)
             return self.norm.decode({"action": x["obs.pose"].mean(1) + x["image"].mean((1, 2, 3, 4))[:, None]})["action"]
 
-    data = {"obs.pose": torch.randn(30, 2) * 7, "image": torch.randint(0, 256, (30, 4, 4, 3), dtype=torch.uint8), "action": torch.randn(30, 2) + 5}
+    data = {"obs.pose": torch.randn(30, 2) * 7, "action": torch.randn(30, 2) + 5,
+            "image": torch.randint(0, 256, (30, 4, 4, 3), dtype=torch.uint8)}
     norm = Normalizer.fit(data)
     obs = {"obs.pose": torch.randn(3, 2, 2), "image": torch.randint(0, 256, (3, 2, 4, 4, 3), dtype=torch.uint8)}
     b = torch.export.Dim("b")

@@ -1,17 +1,19 @@
 """Windows equal a slow reference that walks frame by frame; splits keep episodes whole and apart."""
 import time
 
-from data_cases import make_episode
-from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 import torch
+from data_cases import make_episode
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from policy.data import DataError, Field, Store, TrajectoryDataset
 from policy.data.windows import split_episodes
 
-SCHEMA = {"state": ((5,), "float64"), "point": ((4, 2), "float32"), "image": ((3, 2, 3), "uint8"), "reward": ((), "float32"), "action": ((2,), "float32")}
+SCHEMA = {"state": ((5,), "float64"), "point": ((4, 2), "float32"), "image": ((3, 2, 3), "uint8"), "reward": ((), "float32"),
+          "action": ((2,), "float32")}
 OBS = {"image": "image", "agent": {"key": "state", "take": [2, 0]}, "point": Field("point", take=[1]), "reward": "reward"}
 
 
@@ -162,8 +164,12 @@ def test_faster_than_a_loader_by_twenty():
     data = TrajectoryDataset(Memory([120] * 40), {"point": "point", "state": "state"}, "action", split="all")
 
     class OneByOne(Dataset):
-        def __len__(self): return 512
-        def __getitem__(self, i): b = data[i]; return {**b.obs, "action": b.action, "valid": b.valid}
+        def __len__(self):
+            return 512
+
+        def __getitem__(self, i):
+            one = data[i]
+            return {**one.obs, "action": one.action, "valid": one.valid}
 
     def rate(batches, n):
         start = time.process_time()
