@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from policy.svg import Series, curve, finite, number, plot, tiles
+from policy.train.log import read_rows
 
 STYLE = """
 :root{--bg:#f7f7f5;--card:#fff;--ink:#1b1f24;--soft:#667079;--line:#e3e5e4;--one:#2563eb;--two:#d97706;--good:#15935a;--bad:#d33c3c}
@@ -55,19 +56,18 @@ def write_report(folder: Path | str) -> Path:
     """Writes <folder>/report.html from whatever a run left there, and returns its path.
 
     Reads config.yaml, versions.json, train.jsonl, metrics.json, videos/*.mp4, each optional. FileNotFoundError when there is no folder,
-    ValueError naming file and line when one of them is not JSON (an unfinished last line of train.jsonl is a killed run, and is left out).
+    ValueError naming the file when metrics.json or versions.json is not JSON. A line that a killed run left half in train.jsonl is skipped.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder. A report is written about a run: give the folder that `dipole train` or "
                                 "`dipole eval` printed last")
-    log = read_log(folder / "train.jsonl")
-    steps = [row for row in log if "eval" not in row]
+    log = read_rows(folder / "train.jsonl")
     evals = with_cost(log)
     metrics = read_json(folder / "metrics.json")
     shown = metrics or (evals[-1]["eval"] if evals else {})
-    parts = [header(folder, shown, steps, from_log=bool(evals) and not metrics), warning(steps), cards(shown, steps),
-             command(shown), training(steps, evals), episodes(shown.get("per_episode") or []), videos(folder, shown),
+    parts = [header(folder, shown, log, from_log=bool(evals) and not metrics), warning(log), cards(shown, log),
+             command(shown), training(log, evals), episodes(shown.get("per_episode") or []), videos(folder, shown),
              appendix(folder, metrics)]
     title = escape(f"{shown.get('task') or folder.name} · dipole")
     body = "\n".join(part for part in parts if part)
@@ -86,19 +86,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}). Run `dipole eval` again, or remove the file") from error
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of train.jsonl, in order."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = []
-    for at, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if at < len(lines):
-                raise ValueError(f"{path}:{at} is not JSON ({error}). Remove the line") from error
-    return rows
 
 
 def with_cost(log: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -133,26 +120,26 @@ def seed_range(seeds: Any) -> str:
 
 
 # ---------------------------------------------------------------- the page, top to bottom
-def header(folder: Path, metrics: dict[str, Any], steps: list[dict[str, Any]], *, from_log: bool) -> str:
+def header(folder: Path, metrics: dict[str, Any], log: list[dict[str, Any]], *, from_log: bool) -> str:
     name, facts = folder.resolve().name, []
     if metrics.get("episodes"):
         facts.append(counted(metrics["episodes"], "episode"))
     if metrics.get("seeds") not in (None, []):
         facts.append(f"seeds {seed_range(metrics['seeds'])}")
-    if steps:
-        facts.append(f"trained {counted(steps[-1].get('step', len(steps)), 'step')}")
-        facts += [f"{duration(steps[-1][key])} {of}" for key, of in (("cpu_s", "of CPU"), ("wall_s", "on the clock"))
-                  if finite(steps[-1].get(key))]
+    if log:
+        last = {key: value for row in log for key, value in row.items()}
+        facts.append(f"trained {counted(last['step'], 'step')}")
+        facts += [f"{duration(last[key])} {of}" for key, of in (("cpu_s", "of CPU"), ("wall_s", "on the clock")) if finite(last.get(key))]
     if from_log:
         facts.append("numbers of the last evaluation during training")
-    if not metrics and not steps:
+    if not metrics and not log:
         facts.append("nothing was measured here yet: dipole eval writes metrics.json, dipole train writes train.jsonl")
     return (f'<header><div class="over">dipole · {escape(name)}</div><h1>{escape(str(metrics.get("task") or name))}</h1>'
             f'<div class="soft">{escape(" · ".join(facts))}</div></header>')
 
 
-def warning(steps: list[dict[str, Any]]) -> str:
-    broken = next((row for row in steps if "loss" in row and not finite(row["loss"])), None)
+def warning(log: list[dict[str, Any]]) -> str:
+    broken = next((row for row in log if "loss" in row and not finite(row["loss"])), None)
     if broken is None:
         return ""
     step = escape(str(broken.get("step", "?")))
@@ -172,7 +159,7 @@ def interval(value: float, ends: Any, show: Callable[[Any], str]) -> str:
             f'<u style="left:{100 * value:.1f}%"></u></div>{words}')
 
 
-def cards(metrics: dict[str, Any], steps: list[dict[str, Any]]) -> str:
+def cards(metrics: dict[str, Any], log: list[dict[str, Any]]) -> str:
     def card(name: str, value: str, below: str) -> str:
         return f'<div class="card"><span class="soft">{name}</span><b>{value}</b>{below}</div>'
 
@@ -189,7 +176,7 @@ def cards(metrics: dict[str, Any], steps: list[dict[str, Any]]) -> str:
         out.append(card("Simulation", number(metrics["env_steps_per_s"]), "<small>environment steps/s</small>"))
     if finite(metrics.get("wall_s")):
         out.append(card("Evaluation", duration(metrics["wall_s"]), "<small>on the clock</small>"))
-    losses = [row["loss"] for row in steps if finite(row.get("loss"))]
+    losses = [row["loss"] for row in log if finite(row.get("loss"))]
     if losses:
         last = losses[-max(1, len(losses) // 20):]
         out.append(card("Loss", number(sum(last) / len(last)), "<small>mean of the last 5 %</small>"))
@@ -203,9 +190,9 @@ def command(metrics: dict[str, Any]) -> str:
     return f'<h2>Reproduce</h2><div class="run"><pre>{text}</pre><button type="button" onclick="{escape(COPY)}">copy</button></div>'
 
 
-def training(steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> str:
+def training(log: list[dict[str, Any]], evals: list[dict[str, Any]]) -> str:
     def column(key: str) -> list[tuple[float, float]]:
-        return [(row["step"], row[key]) for row in steps if finite(row.get("step")) and finite(row.get(key))]
+        return [(row["step"], row[key]) for row in log if finite(row.get("step")) and finite(row.get(key))]
 
     def graded(key: str, colour: str) -> Series:
         rows = [row for row in evals if finite(row["eval"].get(key))]
@@ -213,11 +200,12 @@ def training(steps: list[dict[str, Any]], evals: list[dict[str, Any]]) -> str:
         ranges = [row["eval"].get(f"{key}_ci") or [value, value] for row, value in zip(rows, y, strict=True)]
         return Series(key, colour, [row["cpu_s"] / 60 for row in rows], y, [lo for lo, _ in ranges], [hi for _, hi in ranges], dots=True)
 
+    held_out = curve(column("val_loss"), "held out", "c2")
     waits = [wait for _, wait in column("data_wait")]
     wait = f"waiting for data {percent(sum(waits) / len(waits))} of the time" if waits and max(waits) <= 1 else ""
     plots = [plot("Score against CPU time", [graded("score", "c1"), graded("success", "c2")], x="CPU-minutes", unit=True,
                   note="95 % intervals"),
-             plot("Loss", [curve(column("loss"))], x="step", log=True),
+             plot("Loss", [curve(column("loss"), "training" if held_out.x else ""), held_out], x="step", log=True),
              plot("Samples per second", [curve(column("samples_per_s"))], x="step", note=wait, zero=True),
              plot("Learning rate", [curve(column("lr"))], x="step", zero=True)]
     return f'<h2>Training</h2><section class="plots">{"".join(plots)}</section>' if any(plots) else ""

@@ -39,12 +39,12 @@ class Series:
     dots: bool = False
 
 
-def curve(points: list[tuple[float, float]]) -> Series:
+def curve(points: list[tuple[float, float]], name: str = "", colour: str = "c1") -> Series:
     """At most BUCKETS means with their ranges, so a run of any length is one readable line."""
     groups = [points[i * len(points) // BUCKETS:(i + 1) * len(points) // BUCKETS] for i in range(BUCKETS)]
     groups = [g for g in groups if g]
     ys = [[y for _, y in g] for g in groups]
-    return Series("", "c1", [g[-1][0] for g in groups], [sum(y) / len(y) for y in ys], [min(y) for y in ys], [max(y) for y in ys])
+    return Series(name, colour, [g[-1][0] for g in groups], [sum(y) / len(y) for y in ys], [min(y) for y in ys], [max(y) for y in ys])
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:

@@ -20,9 +20,10 @@ from pathlib import Path
 HELP = """dipole doctor: checks this machine and says how to mend what is wrong. Exit code 1 when something FAILs.
 
   dipole doctor
-  dipole doctor path=data/demos.zarr      also opens a dataset
-  dipole doctor timeout=60                seconds a graphics backend may take to draw one frame (20)
+  dipole doctor path=demos/gantry.zarr   # opens a dataset too
+  dipole doctor timeout=60               # seconds a graphics backend may take to draw one frame (20)
 """
+SETTINGS = ("path", "timeout")
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
 
@@ -281,8 +282,8 @@ def main() -> None:
     if {"--help", "-h"} & set(argv):
         return print(HELP, end="")
     given = {key: value for key, _, value in (arg.partition("=") for arg in argv)}
-    if unknown := given.keys() - {"path", "timeout"}:
-        print(f"dipole doctor: no setting {', '.join(map(repr, sorted(unknown)))} (known: path=…, timeout=…)", file=sys.stderr)
+    if unknown := given.keys() - set(SETTINGS):
+        print(f"dipole doctor: no setting {', '.join(map(repr, sorted(unknown)))} (known: {', '.join(SETTINGS)})", file=sys.stderr)
         raise SystemExit(2)
     checks: list[Callable[[], Finding]] = [python, torch, load, *(partial(packages, extra) for extra in extras()),
                                            partial(graphics, float(given.get("timeout", 20))), ffmpeg, disk, wandb]

@@ -54,7 +54,8 @@ def run(tmp_path):
     steps = [{"step": s, "cpu_s": 6.0 * s, "wall_s": 3.0 * s, "loss": 1 / s, "lr": 1e-3, "samples_per_s": 2000, "data_wait": 0.02}
              for s in range(1, 301)]
     grade = {"score": 0.5, "score_ci": [0.4, 0.6], "success": 0.3, "success_ci": [0.1, 0.5]}
-    log = [*steps[:100], {"step": 100, "eval": grade}, *steps[100:], {"step": 300, "eval": {**grade, "score": 0.9, "score_ci": [0.8, 1.0]}}]
+    log = [*steps[:100], {"step": 100, "val_loss": 0.02, "eval": grade},
+           *steps[100:], {"step": 300, "val_loss": 0.01, "eval": {**grade, "score": 0.9, "score_ci": [0.8, 1.0]}}]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
     metrics = {"task": "pusht", "episodes": 3, "seeds": [7, 8, 9], "success": 2 / 3, "success_ci": [0.21, 0.94], "score": 0.934,
                "score_ci": [0.91, 0.95], "return": 52.5, "plan_ms": {"p50": 29.7, "p99": 41.2}, "env_steps_per_s": 21400.0, "wall_s": 150,
@@ -79,6 +80,7 @@ def test_a_full_run_shows_its_numbers_with_their_intervals(run):
     for text in ("66.7 %", "21 – 94 %", "0.934", "0.91 – 0.95", "29.7 ms", "41.2 ms", "21.4k", "2.5 min", "seeds 7–9", "2 succeeded",
                  "1 failed", "dipole eval run=outputs/pusht", "sampler: {steps: 10}", "2.13.0", "waiting for data 2 %", "seeds 8 (0.4)"):
         assert text in parsed.text, text
+    assert "held out" in parsed.text and parsed.tags.count("polyline") == 6
     assert parsed.tags.count("svg") == 5  # score, loss, throughput, learning rate, episodes
 
 
@@ -167,14 +169,6 @@ def test_a_killed_run_left_half_a_line(run):
     with open(run / "train.jsonl", "a") as file:
         file.write('{"step": 301, "lo')
     assert "300 steps" in page(run)[1].text
-
-
-def test_a_broken_line_in_the_middle_is_named(run):
-    lines = (run / "train.jsonl").read_text().splitlines()
-    lines[41] = "{"
-    (run / "train.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"train\.jsonl:42"):
-        write_report(run)
 
 
 def test_a_broken_metrics_file_is_named(run):
