@@ -1,4 +1,5 @@
 """Commands people copy: those of README.md and of every --help name real verbs, make targets and files, and their overrides compose."""
+import importlib
 import os
 import re
 import shlex
@@ -9,7 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from scripts import cli, demo, doctor
+from scripts import cli, doctor
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -27,7 +28,8 @@ def fenced(markdown: str) -> list[str]:
 def helped(verb: str) -> list[str]:
     """The commands that `dipole <verb> --help` shows."""
     config = CONF / f"{verb}.yaml"
-    text = {"doctor": doctor.HELP, "demo": demo.HELP}.get(verb) or yaml.safe_load(config.read_text())["hydra"]["help"]["template"]
+    text = (yaml.safe_load(config.read_text())["hydra"]["help"]["template"] if config.exists()
+            else importlib.import_module(f"scripts.{verb}").HELP)
     return [line.strip() for line in text.splitlines() if line.startswith("  dipole ")]
 
 
