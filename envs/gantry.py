@@ -153,7 +153,7 @@ def _mjcf(pillar: bool) -> str:
     # Contact bits: 1 world, 2 fingers, 4 the hand above them, which only the pillar can touch.
     obstacle = f"""
     <body name="pillar" mocap="true">
-      <geom type="cylinder" size="{PILLAR} .25" pos="0 0 .25" conaffinity="5" friction="1 .01 .001" rgba=".55 .5 .75 1"/>
+      <geom type="cylinder" size="{PILLAR} .25" pos="0 0 .25" conaffinity="5" friction="1 .01 .001" rgba=".55 .5 .75 .7"/>
     </body>"""
     axis = '<inertial pos="0 0 0" mass=".5" diaginertia=".01 .01 .01"/>'
     finger = f'type="slide" range="0 {OPEN}" damping="5"'
@@ -162,20 +162,23 @@ def _mjcf(pillar: bool) -> str:
 <mujoco model="gantry">
   <compiler angle="radian" autolimits="true"/>
   <option timestep=".005" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20"/>
+  <size memory="1M"/>
+  <statistic extent=".6" center="0 0 .1"/>
   <visual>
     <global offwidth="1024" offheight="1024"/>
-    <headlight ambient=".5 .5 .5" diffuse=".5 .5 .5" specular="0 0 0"/>
+    <headlight ambient=".45 .45 .45" diffuse=".2 .2 .2" specular="0 0 0"/>
     <quality shadowsize="1024"/>
   </visual>
+  <asset><texture type="skybox" builtin="flat" rgb1=".86 .89 .93" width="8" height="8"/></asset>
   <default>
     <position kp="400" kv="40"/>
     <geom rgba=".6 .62 .66 1"/>
     <default class="finger"><geom mass=".1" friction="2 .05 .001" condim="4" contype="2" conaffinity="3"/></default>
   </default>
   <worldbody>
-    <camera name="front" pos="0 -.62 .55" xyaxes="1 0 0 0 .66 .75"/>
-    <light pos="0 0 1.5" dir="0 0 -1" directional="true"/>
-    <geom name="floor" type="plane" pos="0 0 -.04" size="1 1 .1" rgba=".82 .83 .85 1"/>
+    <camera name="front" pos="0 -.62 .6" xyaxes="1 0 0 0 .72 .69"/>
+    <light pos="0 0 1.5" dir="0 0 -1" directional="true" diffuse=".35 .35 .35" specular="0 0 0"/>
+    <geom name="floor" type="plane" pos="0 0 -.04" size="1 1 .1" rgba=".7 .73 .78 1"/>
     <geom name="table" type="box" size=".26 .26 .02" pos="0 0 -.02" friction="1 .01 .001" rgba=".93 .92 .88 1"/>
     <body name="goal" mocap="true">
       <geom type="cylinder" size=".03 .001" contype="0" conaffinity="0" rgba=".3 .8 .4 1"/>
@@ -186,6 +189,7 @@ def _mjcf(pillar: bool) -> str:
         <joint name="y" type="slide" axis="0 1 0" range="{-REACH} {REACH}" damping="2"/>
         <body name="hand">{axis}
           <joint name="z" type="slide" axis="0 0 1" range=".01 .3" damping="2"/>
+          <geom type="box" size=".006 .006 .2" pos="0 0 .285" contype="0" conaffinity="0"/>
           <geom type="box" size=".05 .02 .012" pos="0 0 .075" contype="4" conaffinity="0" rgba=".25 .41 .88 1"/>
           <body name="left"><joint name="left" axis="-1 0 0" {finger}/><geom {pad} pos="-.005 0 .03"/></body>
           <body name="right"><joint name="right" axis="1 0 0" {finger}/><geom {pad} pos=".005 0 .03"/></body>

@@ -178,6 +178,7 @@ def _mjcf() -> str:
   <option timestep="{TIMESTEP}" gravity="0 0 0" integrator="Euler" iterations="10" ls_iterations="20" tolerance="1e-10">
     <flag eulerdamp="disable"/>
   </option>
+  <size memory="256K"/>
   <visual>
     <global offwidth="1024" offheight="1024"/>
     <headlight ambient=".6 .6 .6" diffuse=".4 .4 .4" specular="0 0 0"/>
