@@ -23,10 +23,10 @@ class Death(BaseException):
 
 @pytest.fixture
 def die_at(monkeypatch):
-    """die_at(n): the n-th file write from now on stops halfway (after=False) or just after its rename; returns the writes made so far."""
+    """die_at(n, after): the n-th file write from now on stops halfway, or just after its rename; n=0 disarms."""
     real, count = local._put, [0]
 
-    def arm(n: int, after: bool) -> list[int]:
+    def arm(n: int, after: bool) -> None:
         count[0] = 0
 
         def put(path, value, exclusive=False):
@@ -41,8 +41,7 @@ def die_at(monkeypatch):
                 raise Death
             return real(path, value, exclusive)
         monkeypatch.setattr(local, "_put", put)
-        return count
-    yield arm
+    return arm
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -51,30 +50,26 @@ def test_death_at_every_single_write(tmp_path, monkeypatch, die_at, after, ends_
     monkeypatch.setattr("policy.data.store.ENDS_CHUNK", ends_chunk)
     monkeypatch.setattr("policy.data.store.CHUNK_STEPS", 8)
     monkeypatch.setattr("policy.data.store.CHUNKS_PER_SHARD", 2)
+    schema = {key: SCHEMA[key] for key in ("image", "action")}
+    episodes = [make_episode(i, n, schema) for i, n in enumerate((9, 20, 1, 12, 5))]
     path, done, deaths = tmp_path / "d.zarr", [], 0
-    Store.create(path, SCHEMA, fps=10)
-    for batch in ([episode(1)], [episode(2), episode(3), episode(4)], [episode(5)]):
-        for n in range(1, 1000):
+    Store.create(path, schema, fps=10)
+    for batch in (episodes[:1], episodes[1:4], episodes[4:]):
+        n = 1
+        while batch:
             store = Store.open(path, mode="a")
             assert_same(store, done)
-            count = die_at(n, after)
+            die_at(n, after)
             try:
                 store.extend(batch)
             except Death:
                 deaths += 1
-            else:
-                assert count[0] < n
-                done += batch
-                break
             die_at(0, after)
+            # A batch appears in order, and a recorder goes on with the rest of it.
             kept = Store.open(path, mode="a").episodes - len(done)
-            if kept == len(batch):  # the last write was made: the batch counts
-                done += batch
-                break
-            # Episodes of a batch appear in order; a recorder that goes on with the rest completes it.
-            done, batch = done + batch[:kept], batch[kept:]
-    assert_same(Store.open(path), [episode(i) for i in range(1, 6)])
-    assert deaths > 30
+            done, batch, n = done + batch[:kept], batch[kept:], 1 if kept else n + 1
+    assert_same(Store.open(path), episodes)
+    assert deaths > 20
 
 
 def test_death_while_creating_leaves_nothing_in_the_way(tmp_path, die_at):

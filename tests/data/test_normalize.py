@@ -81,14 +81,15 @@ def test_images_modes_and_leading_axes():
 
 
 def test_state_dict_and_keys_with_dots():
-    data = {"observation.state": torch.randn(20, 3), "a%2Eb": torch.randn(20, 2), "a.b": torch.randn(20, 1), "values": torch.randn(20, 2)}
+    data = {"observation.state": torch.randn(20, 3), "a%2Eb": torch.randn(20, 2), "a.b": torch.randn(20, 1), "a_b": torch.randn(20, 1),
+            "values": torch.randn(20, 2)}
     norm = Normalizer.fit(data)
     empty = Normalizer({k: tuple(v.shape[1:]) for k, v in data.items()})
     assert torch.equal(empty.encode(data)["a.b"], data["a.b"])
     empty.load_state_dict(norm.state_dict())
     for key, x in norm.encode(data).items():
         assert torch.equal(x, empty.encode(data)[key])
-    assert not list(norm.parameters()) and len(norm.state_dict()) == 8
+    assert not list(norm.parameters()) and len(norm.state_dict()) == 10
 
 
 def test_mistakes_say_so():
