@@ -74,6 +74,17 @@ def test_chunks_equal_steps(task):
             assert all((i[key] == info[key][:, k]).all() for key in i)
 
 
+@pytest.mark.parametrize("task", TASKS, ids=by_name)
+def test_nothing_survives_a_reset(task):
+    actions = random_actions(task, 2, 60, seed=2)
+    used, fresh = BatchEnv(task, 2), BatchEnv(task, 2)
+    used.reset(seed=50)
+    used.step_chunk(actions[::-1, :37])
+    used.reset(seed=8)
+    fresh.reset(seed=8)
+    assert (used.step_chunk(actions)[-1]["qpos"] == fresh.step_chunk(actions)[-1]["qpos"]).all()
+
+
 def test_chunks_equal_steps_when_episodes_end_inside():
     (chunked, actions), (stepped, _) = finishing_batch(), finishing_batch(threads=1)
     obs, reward, terminated, truncated, info = chunked.step_chunk(actions)
