@@ -57,10 +57,10 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
     touched = {o.lstrip("+~").split("=")[0].split(".")[0].split("/")[0].split("@")[0] for o in now} - {"run", "resume"}
     if "recipe" in touched:
         raise ValueError("a run keeps its recipe; start a new run for another one")
-    result = OmegaConf.merge(cfg, saved)
-    for key in touched | ({k for k in cfg if k not in saved}):
-        OmegaConf.update(result, key, both[key], merge=False, force_add=True)
-    return result  # type: ignore[return-value]
+    result = OmegaConf.create({**cfg, **saved})
+    for key in touched | (set(cfg) - set(saved)):
+        result[key] = both[key]
+    return result
 
 
 def _trained_with(folder: Path) -> list[str]:
@@ -107,18 +107,30 @@ def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, s
             task = progress.add_task("roll out", total=episodes, note="")
             report = evaluate(Controller(planner, **cfg.control), envs, episodes, seed, task=name, on_progress=lambda n: progress.update(task, completed=n))
         metrics = {**report.metrics(), **(extra or {}), "command": command(), "sampler": plain(cfg.sampler), "control": plain(cfg.control)}
-        metrics["videos"] = write_videos(report, envs, folder, videos, fps) if hasattr(envs, "render_states") else []
+        save_json(folder / "metrics.json", metrics)
+        if videos and hasattr(envs, "render_states"):
+            try:
+                metrics["videos"] = write_videos(report, envs, folder, videos, fps)
+            except (ImportError, RuntimeError, OSError, mujoco_errors()) as e:  # the numbers are worth more than the pictures
+                console.print(f"[yellow]no videos: {e}. The results are saved; `dipole doctor` says how to get a GL backend[/]")
+            save_json(folder / "metrics.json", metrics)
     finally:
         envs.close()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics
+
+
+def mujoco_errors() -> type[Exception]:
+    import mujoco
+    return mujoco.FatalError
+
+
+def save_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1))
 
 
 def write_videos(report: Report, envs: Any, folder: Path, count: int, fps: float) -> list[dict[str, Any]]:
     """mp4 of up to `count` episodes: failures first (they teach most) up to half, the rest successes."""
-    if not count:
-        return []
     import imageio.v3 as iio
     failed, won = [e for e in report.episodes if not e.success], [e for e in report.episodes if e.success]
     few = failed[: max(count // 2, count - len(won))]

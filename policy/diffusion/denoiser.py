@@ -43,6 +43,24 @@ class Denoiser(nn.Module):
                 var = (a * self.sigma_data) ** 2 + s**2
                 return var.rsqrt(), a * self.sigma_data**2 / var, -s * self.sigma_data * var.rsqrt()
 
+    def goal(self, x0: Tensor, eps: Tensor, tau: Tensor) -> Tensor:
+        """What the network should answer for x = alpha x0 + sigma eps: (x0 - c_skip x) / c_out, without its 0 / 0 at tau = 0."""
+        a, s = self.path.at(tau, x0)
+        match self.target:
+            case "eps":
+                return eps
+            case "score":
+                return -eps
+            case "x0":
+                return x0
+            case "v":
+                return a * eps - s * x0
+            case "flow":
+                return eps - x0
+            case _:
+                d = self.sigma_data
+                return (a * d * eps - s * x0 / d) * ((a * d) ** 2 + s**2).rsqrt()
+
     def forward(self, x: Tensor, tau: Tensor, cond: Cond | None = None) -> Tensor:
         """x (b,t,d), tau (b,) or (b,t) -> x0_hat (b,t,d)."""
         c_in, c_skip, c_out = self.scales(x, tau)

@@ -65,7 +65,7 @@ def _probe(scheduler, name: str, steps: int) -> tuple[list[Tensor], Tensor]:
     scheduler.set_timesteps(steps)
     n = len(scheduler.timesteps)
     basis = torch.eye(n + 1, dtype=dtype)[:, None, :, None]
-    x, inputs = basis[0] * float(scheduler.init_noise_sigma), []
+    x, inputs = basis[0] * float(getattr(scheduler, "init_noise_sigma", 1.0)), []
     draws = torch.random.get_rng_state()  # a stochastic scheduler is recognised by drawing
     for i, t in enumerate(scheduler.timesteps):
         inputs.append(scheduler.scale_model_input(x, t).flatten() if hasattr(scheduler, "scale_model_input") else x.flatten())

@@ -17,9 +17,6 @@ def denoising_loss(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, tau
     tau = denoiser.path.snap(stratified(len(x0), x0) * denoiser.path.tau_max) if tau is None else tau
     eps = torch.randn_like(x0) if eps is None else eps
     x = denoiser.path.noise(x0, eps, tau)
-    c_in, c_skip, c_out = denoiser.scales(x, tau)
-    if denoiser.target in ("eps", "score"):  # (x0 - x/a) / (-s/a) loses every digit as tau -> 0; its value is known
-        goal = eps if denoiser.target == "eps" else -eps
-    else:
-        goal = (x0 - c_skip * x) / c_out
+    c_in, _, _ = denoiser.scales(x, tau)
+    goal = denoiser.goal(x0, eps, tau)
     return (denoiser.net(c_in * x, tau, cond).to(goal.dtype) - goal) ** 2

@@ -1,0 +1,36 @@
+"""Write demonstrations of a task's scripted expert to zarr: dipole collect env=gantry path=demos/gantry.zarr."""
+import time
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from policy.data.store import Store
+from policy.train.log import bar, console
+
+
+def collect(task, path: Path, *, episodes: int, seed: int, noise: float | None) -> Store:
+    """Append-safe: an interrupted run leaves a store that opens with the episodes written so far."""
+    from envs.collect import demonstrations
+    schema = {**{k: (v.shape, v.dtype) for k, v in task.observation_space.spaces.items()}, "action": (task.action_space.shape, "float32")}
+    store = Store.create(path, schema, fps=task.fps, units=task.units, action_semantics=task.action_semantics,
+                         attrs={"task": task.name, "expert": "scripted", "first_seed": seed})
+    with bar() as progress:
+        bar_task = progress.add_task("collect", total=episodes, note="")
+        found = demonstrations(task, task.expert, episodes, seed=seed, noise=noise)
+        while chunk := [{k: v for k, v in e.items() if k != "seed"} for e, _ in zip(found, range(25), strict=False)]:
+            store.extend(chunk)
+            progress.update(bar_task, completed=store.episodes, note=f"{store.steps} steps")
+    return store
+
+
+@hydra.main(version_base=None, config_path="pkg://conf", config_name="collect")
+def main(cfg: DictConfig) -> None:
+    task, path, tick = instantiate(cfg.env), Path(cfg.path), time.perf_counter()
+    store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=cfg.noise)
+    console.print(f"[bold]{store.episodes} demonstrations, {store.steps} steps in {time.perf_counter() - tick:.1f} s[/]: {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
