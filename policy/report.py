@@ -29,7 +29,7 @@ text-transform:uppercase;margin-bottom:6px}
 .plots{grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr))}.videos{grid-template-columns:repeat(auto-fill,minmax(200px,1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px;min-width:0}
 .card b{display:block;font-size:28px;line-height:1.25;font-weight:650;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
-.big b{font-size:44px;line-height:1.15}
+.big b{font-size:44px;line-height:1.15}.cards .card:only-child{max-width:360px}
 .range{position:relative;height:8px;border-radius:4px;background:var(--line);margin:8px 0 6px}
 .range i{position:absolute;top:0;bottom:0;border-radius:4px;background:var(--one);opacity:.45;min-width:2px}
 .range u{position:absolute;top:-3px;bottom:-3px;width:3px;margin-left:-1.5px;border-radius:2px;background:var(--one)}
