@@ -108,7 +108,7 @@ class Trainer:
         losses: list[Tensor] = []
         meter = _Meter()
         while self.step < s.steps and not self._stop:
-            losses.append(self._one_step(meter))
+            losses.append(self.one_step(meter))
             if self.device.type == "cpu" or self.step % s.log == 0:  # reading a loss from a GPU waits for it
                 self._refuse_not_finite(losses[-1:] if self.device.type == "cpu" else losses)
             done = self.step == s.steps
@@ -130,8 +130,9 @@ class Trainer:
         if self.step == 0:
             self.save()
 
-    def _one_step(self, meter: "_Meter") -> Tensor:
-        s = self.settings
+    def one_step(self, meter: "_Meter | None" = None) -> Tensor:
+        """One optimiser step; its mean loss, a scalar on the device."""
+        s, meter = self.settings, meter or _Meter()
         meter.start()
         batch = self.batch(self.step)
         meter.data()
