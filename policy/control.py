@@ -3,7 +3,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from policy.planner import Planner
 

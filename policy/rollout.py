@@ -2,6 +2,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,11 +79,13 @@ def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int
     Copies with `step_chunk` (envs.batch.BatchEnv) take whole chunks; any other VectorEnv is stepped. Finished copies leave the batch.
     Episode i is the same whatever the number of copies, for a deterministic sampler.
     """
-    start, env_s, plan_s, done = time.perf_counter(), 0.0, [], []
+    start, env_s = time.perf_counter(), 0.0
+    plan_s: list[float] = []
+    done: list[Episode] = []
     seeds = list(range(seed, seed + episodes))
     for first in range(0, episodes, envs.num_envs):
         wave = seeds[first: first + envs.num_envs]
-        finished, spent, plans = _wave(controller, envs, wave, lambda n, base=first: on_progress(base + n))
+        finished, spent, plans = _wave(controller, envs, wave, partial(_offset, on_progress, first))
         done += finished
         env_s, plan_s = env_s + spent, plan_s + plans
     if len({e.seed for e in done}) != episodes:
@@ -91,10 +94,15 @@ def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int
     return Report(task, done, plan_s, _single_plans(controller), env_s, wall)
 
 
-def _wave(controller: Controller, envs: "VectorEnv", seeds: Sequence[int], on_progress: Callable[[int], None]) -> tuple[list[Episode], float, list[float]]:
+def _offset(on_progress: Callable[[int], None], base: int, done: int) -> None:
+    on_progress(base + done)
+
+
+def _wave(controller: Controller, envs: "VectorEnv", seeds: Sequence[int],
+          on_progress: Callable[[int], None]) -> tuple[list[Episode], float, list[float]]:
     """One episode on each of the first len(seeds) copies."""
     n, spec = len(seeds), controller.planner.spec
-    padded = [*seeds, *(seeds[-1:] * (envs.num_envs - n))]  # spare copies are reset and never stepped
+    padded: Any = [*seeds, *([seeds[-1]] * (envs.num_envs - n))]  # spare copies are reset and never stepped
     obs, _ = envs.reset(seed=padded)
     controller.reset(seeds)
     controller.observe({k: np.asarray(obs[k])[:n, None] for k in spec.obs if k in obs})
@@ -129,7 +137,7 @@ def _wave(controller: Controller, envs: "VectorEnv", seeds: Sequence[int], on_pr
     return [Episode(s, bool(ok), np.concatenate(r), q) for s, ok, r, q in zip(seeds, success, rewards, merged, strict=True)], env_s, plan_s
 
 
-def _step_chunk(envs: "VectorEnv", actions: np.ndarray, alive: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+def _step_chunk(envs: Any, actions: np.ndarray, alive: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
     """A chunk (n, t, d) on any VectorEnv: -> obs {key: (n, t, …)}, reward, terminated, truncated (n, t), info with success (n, t)."""
     if hasattr(envs, "step_chunk"):
         return envs.step_chunk(actions, alive)

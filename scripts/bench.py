@@ -66,10 +66,11 @@ def plain_steps(trainer: Trainer, batch: int) -> Iterator[float]:
     net, path = planner.denoiser.net, planner.denoiser.path
     for module in net.modules():
         if isinstance(module, blocks.Conv1d):
-            module.__class__ = torch.nn.Conv1d  # torch's own backward
+            module.__class__ = torch.nn.Conv1d  # type: ignore[assignment]  # torch's own backward
     assert isinstance(path, Table)
     optimizer = torch.optim.AdamW(planner.parameters(), lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
-    scheduler, ema = DDPMScheduler(len(path.alphas_cumprod), beta_schedule="squaredcos_cap_v2"), EMAModel(planner.parameters(), power=s.ema_power)
+    scheduler: Any = DDPMScheduler(len(path.alphas_cumprod), beta_schedule="squaredcos_cap_v2")
+    ema = EMAModel(planner.parameters(), power=s.ema_power)
     loader = DataLoader(PerSample(trainer.data, planner.normalizer), batch, shuffle=True, drop_last=True)
     step = 0
     while True:
@@ -94,7 +95,7 @@ def our_steps(trainer: Trainer) -> Iterator[float]:
         yield trainer.one_step().item()
 
 
-def side_by_side(loops: dict[str, Iterator[float]], steps: int, block: int, batch: int) -> dict[str, dict[str, Any]]:
+def side_by_side(loops: dict[str, Iterator[float]], steps: int, block: int, batch: int) -> dict[str, Any]:
     """Alternate blocks of steps, so that both see the same machine; samples/s is the median block, per second of CPU too."""
     wall: dict[str, list[float]] = {k: [] for k in loops}
     cpu: dict[str, list[float]] = {k: [] for k in loops}
@@ -130,7 +131,7 @@ def bench_train(cfg: DictConfig) -> dict[str, Any]:
                 return Trainer(planner, data, Path(folder), settings, config=config)
 
             rows[name] = side_by_side({"plain": plain_steps(trainer(), cfg.batch), "dipole": our_steps(trainer())}, steps, max(1, steps // 10), cfg.batch)
-            rows[name]["ratio"] = rows[name]["dipole"]["samples_per_cpu_s"] / rows[name]["plain"]["samples_per_cpu_s"]  # type: ignore[assignment]
+            rows[name]["ratio"] = rows[name]["dipole"]["samples_per_cpu_s"] / rows[name]["plain"]["samples_per_cpu_s"]
     return rows
 
 

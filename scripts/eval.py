@@ -7,7 +7,6 @@ import torch
 from omegaconf import DictConfig
 
 from policy.train import checkpoint
-from policy.train.log import console
 from scripts import common
 
 

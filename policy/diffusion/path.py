@@ -5,6 +5,8 @@ Paths are plain values: no parameters, any device, any float dtype; tau may be (
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,14 +104,14 @@ class Table(Path):
 
     def __post_init__(self) -> None:
         bar = (1.0, *self.alphas_cumprod)
-        if len(bar) < 2 or any(b <= a for b, a in zip(bar, bar[1:], strict=False)) or bar[-1] <= 0:
+        if len(bar) < 2 or any(b <= a for b, a in pairwise(bar)) or bar[-1] <= 0:
             raise ValueError("alphas_cumprod must fall strictly from below 1 to above 0, one entry per training step")
 
     @classmethod
     def named(cls, schedule: str = "squaredcos_cap_v2", steps: int = 100) -> "Table":
         from diffusers import DDPMScheduler
-        bar = DDPMScheduler(num_train_timesteps=steps, beta_schedule=schedule).alphas_cumprod
-        return cls(tuple(bar.tolist()))
+        scheduler: Any = DDPMScheduler(num_train_timesteps=steps, beta_schedule=schedule)
+        return cls(tuple(scheduler.alphas_cumprod.tolist()))
 
     def _bar(self, tau: Tensor) -> Tensor:
         bar = torch.tensor((1.0, *self.alphas_cumprod), dtype=tau.dtype, device=tau.device)

@@ -49,13 +49,18 @@ class UNet1d(nn.Module):
         if t % self.stride:
             h = F.pad(h, (0, -t % self.stride), mode="replicate")
         skips: list[Tensor] = []
-        for level, (one, two) in enumerate(self.down):  # type: ignore[misc,arg-type]
-            h = two(one(h, c), c)
+        for level, blocks in enumerate(self.down):
+            h = _apply(blocks, h, c)
             skips.append(h)
             if level < len(self.shrink):
                 h = self.shrink[level](h)
-        for block in self.middle:
-            h = block(h, c)
-        for (one, two), grow in zip(self.up, self.grow, strict=True):  # type: ignore[misc]
-            h = grow(two(one(torch.cat([h, skips.pop()], 1), c), c))
+        h = _apply(self.middle, h, c)
+        for blocks, grow in zip(self.up, self.grow, strict=True):
+            h = grow(_apply(blocks, torch.cat([h, skips.pop()], 1), c))
         return self.out(h)[..., :t].transpose(1, 2)
+
+
+def _apply(blocks: nn.Module, h: Tensor, c: Tensor) -> Tensor:
+    for block in blocks.children():
+        h = block(h, c)
+    return h

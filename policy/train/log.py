@@ -25,7 +25,8 @@ class Log:
     def __enter__(self) -> "Log":
         if self.mode != "disabled":
             import wandb
-            self.run = wandb.init(project=self.project, dir=self.folder, mode=self.mode, config=self.config, name=self.folder.name,
+            self.run = wandb.init(project=self.project, dir=self.folder, mode=self.mode,  # type: ignore[arg-type]
+                                  config=self.config, name=self.folder.name,
                                   settings=wandb.Settings(silent=True, console="off"))
         return self
 

@@ -114,7 +114,8 @@ class Trainer:
             done = self.step == s.steps
             if self.step % s.log == 0 or done:
                 self.cpu_s, self.wall_s = self.cpu_s + meter.cpu_s, self.wall_s + meter.wall_s
-                row = {"loss": torch.stack(losses).mean().item(), "lr": s.lr * lr_scale(self.step - 1, s), "samples_per_s": meter.steps * s.batch / meter.wall_s,
+                row = {"loss": torch.stack(losses).mean().item(), "lr": s.lr * lr_scale(self.step - 1, s),
+                       "samples_per_s": meter.steps * s.batch / meter.wall_s,
                        "data_wait": meter.data_s / meter.wall_s, "cpu_s": self.cpu_s, "wall_s": self.wall_s}
                 log.row(self.step, **row)
                 show(f"loss {row['loss']:.4f}  {row['samples_per_s']:.0f} samples/s  data wait {row['data_wait']:.0%}")
@@ -175,8 +176,7 @@ class Trainer:
                 "settings": self.settings.__dict__, "windows": len(self.data), "versions": checkpoint.versions()}
 
     def save(self) -> None:
-        names = {p: k for k, p in self.planner.named_parameters()}
-        adam = {f"adam/{names[p]}/{k}": torch.as_tensor(v) for p, state in self.optimizer.state.items() for k, v in state.items()}
+        adam = {f"adam/{name}/{k}": torch.as_tensor(v) for name, p in self.planner.named_parameters() for k, v in self.optimizer.state[p].items()}
         model = {f"model/{k}": v for k, v in self.planner.state_dict().items()}
         folder = self.folder / "checkpoints"
         checkpoint.write(folder / "last.safetensors", {**model, **adam, **{f"ema/{k}": v for k, v in self.ema.average.items()}}, self.facts())

@@ -125,7 +125,8 @@ def test_a_compiled_scheduler_is_diffusers_own_loop(name):
     ours = scheduler(name)(denoise, path, x * path.start_std(), grid(path, steps))
     bar = path.alpha(torch.arange(1, 1001, dtype=torch.float64) / 1000 * path.tau_max) ** 2
     betas = (1 - bar / torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])).tolist()
-    kw = {"timestep_spacing": "trailing"} | ({"clip_sample": False} if name == "DDIM" else {}) | ({"set_alpha_to_one": True} if name in ("DDIM", "PNDM") else {})
+    kw = {"timestep_spacing": "trailing"} | ({"clip_sample": False} if name == "DDIM" else {})
+    kw |= {"set_alpha_to_one": True} if name in ("DDIM", "PNDM") else {}
     sch = getattr(diffusers, f"{name}Scheduler")(trained_betas=betas, **kw)
     sch.set_timesteps(steps)
     y = x * float(sch.init_noise_sigma)

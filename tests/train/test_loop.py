@@ -134,7 +134,7 @@ def test_training_learns_and_logs(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     assert [r["step"] for r in rows if "val_loss" in r] == [150, 300]
     assert {"lr", "samples_per_s", "data_wait", "cpu_s", "wall_s"} <= rows[0].keys() and 0 <= rows[0]["data_wait"] < 0.5
-    planner, facts = checkpoint.load(tmp_path / "r", "policy_150")
+    _, facts = checkpoint.load(tmp_path / "r", "policy_150")
     assert facts["step"] == 150 and "torch" in facts["versions"]
     with pytest.raises(FileNotFoundError, match=r"there are last, policy, policy_150, policy_300"):
         checkpoint.load(tmp_path / "r", "best")
