@@ -15,19 +15,23 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
+from hydra import compose
 from omegaconf import DictConfig
 from rich.table import Table as TextTable
 from torch.utils.data import DataLoader, Dataset
 
+from policy.control import Controller
 from policy.data.normalize import Normalizer
 from policy.data.store import Store
 from policy.data.windows import TrajectoryDataset
 from policy.diffusion.path import Table
 from policy.nets import blocks
+from policy.rollout import bootstrap, evaluate
 from policy.train import checkpoint
 from policy.train.log import console
 from policy.train.loop import Settings, Trainer, lr_scale
 from policy.types import Cond, Spec
+from scripts import common
 from scripts.cli import words_to_overrides
 
 SIZES = {"64-128-256": [64, 128, 256], "256-512-1024": [256, 512, 1024]}
@@ -135,10 +139,42 @@ def bench_train(cfg: DictConfig) -> dict[str, Any]:
     return rows
 
 
-BENCHES: dict[str, Callable[[DictConfig], dict[str, Any]]] = {"train": bench_train}
+def bench_samplers(cfg: DictConfig) -> dict[str, Any]:
+    """One checkpoint, many samplers, the same seeds: score with its interval, and the latency of a plan."""
+    folder, rows = Path(cfg.run), {}
+    trained = common.OmegaConf.load(folder / "config.yaml")
+    planner, _ = checkpoint.load(folder, cfg.checkpoint)
+    name, _, envs = common.make_envs(trained.env, cfg.episodes)
+    for sampler in cfg.samplers:
+        label, _, scheduler = sampler.partition(":")
+        overrides = [f"sampler={label.split('-')[0]}"] + ([f"sampler.steps={label.split('-')[1]}"] if "-" in label else [])
+        overrides += [f"sampler.fn.name={scheduler}"] if scheduler else []
+        planner.set_sampler(**checkpoint.sampling(common.plain(compose("eval", [*overrides, "run=x"]).sampler)))
+        torch.manual_seed(0)
+        report = evaluate(Controller(planner, **trained.control), envs, cfg.episodes, cfg.seed, task=name).metrics()
+        rows[sampler] = {k: v for k, v in report.items() if k not in ("per_episode", "seeds")} | {"scores": [e["score"] for e in report["per_episode"]]}
+        console.print(f"{sampler}: {common.result_line(report)}", highlight=False)
+    envs.close()
+    first = np.array(rows[cfg.samplers[0]]["scores"])
+    for row in rows.values():  # paired on seeds, so that the seeds' own spread falls out
+        row["difference"], row["difference_ci"] = float((row["scores"] - first).mean()), list(bootstrap(row["scores"] - first))
+    return rows
 
 
-def show(rows: dict[str, Any]) -> None:
+def show_samplers(rows: dict[str, Any]) -> None:
+    table = TextTable("sampler-steps", "score", "95 % interval", "paired difference to the first", "success", "plan, ms",
+                      title="one checkpoint, the same seeds")
+    for k, r in rows.items():
+        table.add_row(k, f"{r['score']:.3f}", interval(r["score_ci"]), f"{r['difference']:+.3f} {interval(r['difference_ci'])}", f"{r['success']:.0%}",
+                      f"{r['plan_ms']['p50']:.0f}")
+    console.print(table)
+
+
+def interval(ci: list[float]) -> str:
+    return f"[{ci[0]:.3f}, {ci[1]:.3f}]"
+
+
+def show_train(rows: dict[str, Any]) -> None:
     table = TextTable("U-Net", "loop", "samples/s", "samples/CPU-s", "ratio", "mean loss, last half", title="training, same network, data and loss")
     for name, row in rows.items():
         for k in ("plain", "dipole"):
@@ -148,18 +184,28 @@ def show(rows: dict[str, Any]) -> None:
     console.print(table)
 
 
+BENCHES: dict[str, tuple[Callable[[DictConfig], dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
+    "train": (bench_train, show_train), "samplers": (bench_samplers, show_samplers),
+}
+
+
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="bench")
 def main(cfg: DictConfig) -> None:
     if cfg.do not in BENCHES:
         raise SystemExit(f"dipole bench {cfg.do} is unknown; use one of: {', '.join(f'dipole bench {b}' for b in BENCHES)}")
     torch.set_num_threads(cfg.threads)
-    rows = BENCHES[cfg.do](cfg)
+    measure, show = BENCHES[cfg.do]
+    rows = measure(cfg)
     show(rows)
     out = Path(cfg.run) / "bench" / f"{cfg.do}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg(), "threads": cfg.threads, "versions": checkpoint.versions()}
     out.write_text(json.dumps({"rows": rows, "machine": machine, "command": " ".join(sys.argv)}, indent=1))
-    console.print("[bold]" + "; ".join(f"{k}: {v['ratio']:.2f}x" for k, v in rows.items()) + f"[/] {out}", highlight=False)
+    console.print(f"[bold]{headline(rows)}[/]: {out}", highlight=False)
+
+
+def headline(rows: dict[str, Any]) -> str:
+    return "; ".join(f"{k} {v['ratio']:.2f}x" if "ratio" in v else f"{k} {v['score']:.3f}" for k, v in rows.items())
 
 
 def cpu_name() -> str:
