@@ -106,7 +106,7 @@ def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, s
         with bar() as progress:
             task = progress.add_task("roll out", total=episodes, note="")
             report = evaluate(Controller(planner, **cfg.control), envs, episodes, seed, task=name, on_progress=lambda n: progress.update(task, completed=n))
-        metrics = {**report.metrics(), **(extra or {}), "command": command(), "sampler": plain(cfg.sampler), "control": plain(cfg.control)}
+        metrics = {**report.metrics(), **(extra or {}), "videos": [], "command": command(), "sampler": plain(cfg.sampler), "control": plain(cfg.control)}
         save_json(folder / "metrics.json", metrics)
         if videos and hasattr(envs, "render_states"):
             try:
