@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
@@ -33,6 +32,7 @@ from policy.train.loop import Settings, Trainer, lr_scale
 from policy.types import Cond, Spec
 from scripts import common
 from scripts.cli import words_to_overrides
+from scripts.verb import verb
 
 SIZES = {"64-128-256": [64, 128, 256], "256-512-1024": [256, 512, 1024]}
 
@@ -189,7 +189,7 @@ BENCHES: dict[str, tuple[Callable[[DictConfig], dict[str, Any]], Callable[[dict[
 }
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="bench")
+@verb("bench")
 def main(cfg: DictConfig) -> None:
     if cfg.do not in BENCHES:
         raise SystemExit(f"dipole bench {cfg.do} is unknown; use one of: {', '.join(f'dipole bench {b}' for b in BENCHES)}")

@@ -2,17 +2,18 @@
 import time
 from pathlib import Path
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from policy.data.store import Store
 from policy.train.log import bar, console
+from scripts.verb import verb
 
 
 def collect(task, path: Path, *, episodes: int, seed: int, noise: float | None) -> Store:
     """Append-safe: an interrupted run leaves a store that opens with the episodes written so far."""
     from envs.collect import demonstrations
+    task.expert(1, seed)  # a task without one says so before anything is written
     schema = {**{k: (v.shape, v.dtype) for k, v in task.observation_space.spaces.items()}, "action": (task.action_space.shape, "float32")}
     store = Store.create(path, schema, fps=task.fps, units=task.units, action_semantics=task.action_semantics,
                          attrs={"task": task.name, "expert": "scripted", "first_seed": seed})
@@ -25,7 +26,7 @@ def collect(task, path: Path, *, episodes: int, seed: int, noise: float | None) 
     return store
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="collect")
+@verb("collect")
 def main(cfg: DictConfig) -> None:
     task, path, tick = instantiate(cfg.env), Path(cfg.path), time.perf_counter()
     store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=cfg.noise)

@@ -80,11 +80,15 @@ def planner_config(cfg: DictConfig) -> dict[str, Any]:
 
 def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryDataset:
     d = plain(cfg.data)
-    return TrajectoryDataset(Store.open(d.pop("path")), d.pop("obs"), d.pop("action"), t_obs=cfg.t_obs, horizon=cfg.horizon, split=split, device=device, **d)
+    store, obs, action = Store.open(d.pop("path")), d.pop("obs"), d.pop("action")
+    obs = obs or {k: k for k in store.keys if k != action}
+    return TrajectoryDataset(store, obs, action, t_obs=cfg.t_obs, horizon=cfg.horizon, split=split, device=device, **d)
 
 
 def make_envs(env: DictConfig, copies: int):
     """conf/env/*.yaml -> (name, control rate [Hz], vector environment). A node yields a task, or a function of the number of copies."""
+    if "_target_" not in env:
+        raise ValueError("env=none has nothing to roll out in; name a task: env=gantry, env=pusht, or one of your own")
     from envs.batch import BatchEnv
     from envs.task import Task
     made = instantiate(env)
@@ -158,7 +162,8 @@ def result_line(metrics: dict[str, Any]) -> str:
 
 
 def command() -> str:
-    return shlex.join([Path(sys.argv[0]).name if "/" in sys.argv[0] else sys.argv[0], *sys.argv[1:]])
+    """What to type to do this again, from the same folder; `dipole eval` and `python scripts/eval.py` are the same."""
+    return shlex.join(["dipole", Path(sys.argv[0].split()[-1]).stem, *sys.argv[1:]])
 
 
 def finish(folder: Path, line: str) -> None:

@@ -2,10 +2,10 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
 from policy.train.log import console, read_rows
+from scripts.verb import verb
 
 
 def points(folder: Path) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], out: Path, *, target: float | No
     return out
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="curve")
+@verb("curve")
 def main(cfg: DictConfig) -> None:
     names = list(cfg.names or [])
     runs = {(names[i] if i < len(names) else Path(r).name): points(Path(r)) for i, r in enumerate(cfg.runs)}

@@ -2,13 +2,13 @@
 import sys
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
 from policy.data.draw import describe, draw
 from policy.data.store import Store
 from policy.train.log import console
 from scripts.cli import words_to_overrides
+from scripts.verb import verb
 
 
 def info(path: str, out: str | None) -> Path:
@@ -19,7 +19,7 @@ def info(path: str, out: str | None) -> Path:
     return picture
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="data")
+@verb("data")
 def main(cfg: DictConfig) -> None:
     if cfg.do != "info":
         raise SystemExit(f"dipole data {cfg.do} is unknown; use: dipole data info path=…")

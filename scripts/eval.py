@@ -2,12 +2,12 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 
 from policy.train import checkpoint
 from scripts import common
+from scripts.verb import verb
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -31,8 +31,10 @@ def sampler_name(cfg: DictConfig) -> str:
     return f"{name}{'-eta' + str(fn.eta) if fn.get('eta') else ''}-{cfg.sampler.steps}"
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="eval")
+@verb("eval")
 def main(cfg: DictConfig) -> None:
+    if not cfg.run:
+        raise ValueError("which run? Name its folder: dipole eval run=FOLDER")
     folder = Path(cfg.run)
     evaluate(common.of_run(cfg, folder), folder)
 

@@ -2,7 +2,6 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 
@@ -13,6 +12,7 @@ from policy.train.log import Log, console
 from policy.train.loop import NotFinite, Settings, Trainer
 from policy.types import Spec
 from scripts import common
+from scripts.verb import verb
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
@@ -48,11 +48,12 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
 def spec_of(cfg: DictConfig, shapes: dict[str, tuple[int, ...]]) -> Spec:
     from policy.data.store import Store
     store = Store.open(cfg.data.path)
+    task = cfg.env["_target_"].rsplit(".", 1)[-1] if "_target_" in cfg.env else str(store.attrs.get("task") or Path(cfg.data.path).stem)
     return Spec(obs={k: s for k, s in shapes.items() if k != "action"}, action_dim=shapes["action"][0], t_obs=cfg.t_obs, horizon=cfg.horizon,
-                fps=float(store.fps or 0), task=cfg.env["_target_"].rsplit(".", 1)[-1], units=store.units or {}, action_semantics=store.action_semantics or "")
+                fps=float(store.fps or 0), task=task, units=store.units or {}, action_semantics=store.action_semantics or "")
 
 
-@hydra.main(version_base=None, config_path="pkg://conf", config_name="train")
+@verb("train")
 def main(cfg: DictConfig) -> None:
     if cfg.resume:
         if not cfg.run:

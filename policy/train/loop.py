@@ -84,7 +84,9 @@ class Trainer:
         self.ema = Ema(planner, limit=settings.ema_limit, power=settings.ema_power)
         self.bf16 = use_bf16(settings.precision, self.device)
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
-        self.loss_fn = torch.compile(planner.loss) if settings.compile else planner.loss
+        self.loss_fn = planner.loss
+        if settings.compile:
+            planner.denoiser.net.compile()  # in place: the weights keep their names
         self.step, self.cpu_s, self.wall_s = 0, 0.0, 0.0
         self._order: tuple[int, Tensor] | None = None
         self._stop = False

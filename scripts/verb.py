@@ -1,0 +1,90 @@
+"""How a verb starts: hydra composes its configuration, and what the user got wrong ends in one line that says what to do.
+
+A mistake is an exception our code raises on purpose (ValueError, KeyError, OSError, …) or one of hydra's. Anything else is a bug and keeps
+its traceback; HYDRA_FULL_ERROR=1 shows the traceback of mistakes too.
+"""
+import difflib
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+FULL = "HYDRA_FULL_ERROR"
+MISTAKES = (ValueError, KeyError, OSError, NotImplementedError, HydraException, OmegaConfBaseException)
+
+
+def verb(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """`@verb("train")` makes main(cfg) a command configured by conf/train.yaml. A mistake: `error: …` on stderr, exit code 1."""
+    def wrap(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        compose = hydra.main(version_base=None, config_path="pkg://conf", config_name=name)
+
+        @functools.wraps(main)
+        def quiet(cfg: DictConfig) -> None:
+            try:
+                main(cfg)
+            except MISTAKES as e:
+                if not (text := told(e, name)):
+                    raise
+                raise SystemExit(f"error: {text}") from None
+
+        @functools.wraps(main)
+        def start() -> None:
+            if os.environ.get(FULL) == "1":
+                return compose(main)()
+            os.environ[FULL] = "1"  # hydra raises; otherwise it prints, and its advice on a misspelt key is to add it
+            try:
+                compose(quiet)()
+            except HydraException as e:
+                raise SystemExit(f"error: {told(e, name)}") from None
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
+            finally:
+                del os.environ[FULL]
+        return start
+    return wrap
+
+
+def told(e: BaseException, name: str) -> str:
+    """What to tell the user of verb `name` about a mistake; '' when it is a bug after all."""
+    if isinstance(e, InstantiationException) and e.__cause__ is not None:  # a class refused its arguments
+        cause = e.__cause__
+        return told(cause, name) if isinstance(cause, MISTAKES) else first_lines(e) if isinstance(cause, TypeError) else ""
+    if isinstance(e, MissingMandatoryValue):
+        return f"{e.full_key} has no value: add {e.full_key}=…; `dipole {name} --help` shows commands"
+    if unknown := re.match(r"Could not override '([^']+)'", str(e)):
+        return no_setting(unknown[1], name)
+    if isinstance(e, KeyError) and not isinstance(e, OmegaConfBaseException) and e.args:
+        return str(e.args[0])  # str() of a KeyError is quoted
+    return first_lines(e)
+
+
+def first_lines(e: BaseException) -> str:
+    """The message without what hydra and omegaconf add about themselves."""
+    return re.split(r"\n(?:Config search path:|\s*full_key: |See https://hydra)", str(e))[0].strip() or type(e).__name__
+
+
+def no_setting(key: str, name: str) -> str:
+    """The settings closest to a misspelt one."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("conf", version_base=None):
+        plain: Any = OmegaConf.to_container(hydra.compose(name, return_hydra_config=True))
+    known = [*settings({k: v for k, v in plain.items() if k != "hydra"}), *plain["hydra"]["runtime"]["choices"]]
+    close = difflib.get_close_matches(key, known, n=2)
+    parent = key.rpartition(".")[0]
+    return (f"there is no setting {key!r}. " + (f"Did you mean {' or '.join(close)}? " if close else "") +
+            (f"An argument of its class that conf/ leaves out is added with +{key}=…. " if parent in known else "") +
+            f"`dipole {name} --help` lists all")
+
+
+def settings(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings below node."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield prefix + key
+        yield from settings(value, f"{prefix}{key}.")
