@@ -192,7 +192,7 @@ BENCHES: dict[str, tuple[Callable[[DictConfig], dict[str, Any]], Callable[[dict[
 @verb("bench")
 def main(cfg: DictConfig) -> None:
     if cfg.do not in BENCHES:
-        raise SystemExit(f"dipole bench {cfg.do} is unknown; use one of: {', '.join(f'dipole bench {b}' for b in BENCHES)}")
+        raise ValueError(f"dipole bench {cfg.do} is unknown; use one of: {', '.join(f'dipole bench {b}' for b in BENCHES)}")
     torch.set_num_threads(cfg.threads)
     measure, show = BENCHES[cfg.do]
     rows = measure(cfg)

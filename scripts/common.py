@@ -41,7 +41,6 @@ def new_run(cfg: DictConfig) -> Path:
         folder = folder / str(HydraConfig.get().job.num)
     if (folder / "checkpoints").exists():
         raise FileExistsError(f"{folder} already holds a run. Go on with it: dipole train run={folder} resume=true; or choose another run=…")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -69,6 +68,7 @@ def _trained_with(folder: Path) -> list[str]:
 
 
 def write_start(folder: Path, cfg: DictConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     (folder / "overrides.json").write_text(json.dumps([o for o in overrides() if o.split("=")[0] not in ("run", "resume")]))
     (folder / "versions.json").write_text(json.dumps(checkpoint.versions(), indent=1))
@@ -79,8 +79,11 @@ def planner_config(cfg: DictConfig) -> dict[str, Any]:
 
 
 def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryDataset:
+    if not Path(cfg.data.path).exists():
+        raise FileNotFoundError(f"there is no dataset {cfg.data.path}. Name one with data.path=…, or record one: dipole collect env=gantry path={cfg.data.path}")
     d = plain(cfg.data)
     store, obs, action = Store.open(d.pop("path")), d.pop("obs"), d.pop("action")
+    d.pop("fps", None)
     obs = obs or {k: k for k in store.keys if k != action}
     return TrajectoryDataset(store, obs, action, t_obs=cfg.t_obs, horizon=cfg.horizon, split=split, device=device, **d)
 

@@ -22,7 +22,7 @@ def info(path: str, out: str | None) -> Path:
 @verb("data")
 def main(cfg: DictConfig) -> None:
     if cfg.do != "info":
-        raise SystemExit(f"dipole data {cfg.do} is unknown; use: dipole data info path=…")
+        raise ValueError(f"dipole data {cfg.do} is unknown; use: dipole data info path=…")
     console.print(f"picture: {info(cfg.path, cfg.out)}", highlight=False)
 
 

@@ -13,7 +13,7 @@ from scripts.verb import verb
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Evaluate the run's checkpoint as cfg says; metrics, videos and report lie in the folder that the last line names."""
     torch.set_num_threads(cfg.threads)
-    planner, facts = checkpoint.load(folder, cfg.checkpoint, device=str(checkpoint.to_torch(cfg.device)))
+    planner, facts = checkpoint.load(folder, cfg.checkpoint, device=str(checkpoint.pick_device(cfg.device)))
     planner.set_sampler(**checkpoint.sampling(common.plain(cfg.sampler)))
     planner.guides = checkpoint.guides(common.plain(cfg.guide))
     torch.manual_seed(cfg.seed)  # a stochastic sampler's draws

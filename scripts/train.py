@@ -18,7 +18,7 @@ from scripts.verb import verb
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """Train into folder; metrics of the last rollout when there was one."""
     torch.set_num_threads(cfg.threads)
-    device = checkpoint.to_torch(cfg.device)
+    device = checkpoint.pick_device(cfg.device)
     data, val = (common.dataset(cfg, split, device) for split in ("train", "val"))
     spec = spec_of(cfg, data.shapes)
     modes = cfg.normalize if isinstance(cfg.normalize, str) else common.plain(cfg.normalize)
@@ -37,6 +37,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     trainer = Trainer(planner, data, folder, settings, config=config, val=val, rollout=rollout)
     if cfg.resume:
         trainer.resume()
+    else:
+        common.write_start(folder, cfg)  # only now: a refused configuration leaves no folder behind
     console.print(f"{folder}: {len(data.episodes)} episodes, {len(data)} windows, {sum(p.numel() for p in planner.parameters()) / 1e6:.2f} M parameters, "
                   f"{device}, {'bf16' if trainer.bf16 else 'fp32'}", highlight=False)
     with Log(folder, config={**config, "train": common.plain(cfg.train), "versions": checkpoint.versions()}, resume_at=trainer.step, **cfg.log) as log:
@@ -50,20 +52,19 @@ def spec_of(cfg: DictConfig, shapes: dict[str, tuple[int, ...]]) -> Spec:
     store = Store.open(cfg.data.path)
     task = cfg.env["_target_"].rsplit(".", 1)[-1] if "_target_" in cfg.env else str(store.attrs.get("task") or Path(cfg.data.path).stem)
     return Spec(obs={k: s for k, s in shapes.items() if k != "action"}, action_dim=shapes["action"][0], t_obs=cfg.t_obs, horizon=cfg.horizon,
-                fps=float(store.fps or 0), task=task, units=store.units or {}, action_semantics=store.action_semantics or "")
+                fps=float(store.fps or cfg.data.get("fps") or 0), task=task, units=store.units or {}, action_semantics=store.action_semantics or "")
 
 
 @verb("train")
 def main(cfg: DictConfig) -> None:
     if cfg.resume:
         if not cfg.run:
-            raise SystemExit("resume=true needs run=FOLDER")
+            raise ValueError("resume=true needs run=FOLDER")
         folder = Path(cfg.run)
         cfg = common.of_run(cfg, folder)
         cfg.resume = True
     else:
         folder = common.new_run(cfg)
-        common.write_start(folder, cfg)
     try:
         train(cfg, folder)
     except NotFinite as e:

@@ -115,7 +115,7 @@ def _check_targets(node: Any, allowed: Sequence[str]) -> None:
             _check_targets(child, allowed)
 
 
-def to_torch(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
     """"auto" is the GPU where there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
