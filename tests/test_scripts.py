@@ -1,0 +1,240 @@
+"""The verbs as a user types them, from a folder that is not the repository: what they leave behind, and what a slip is answered with."""
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Importing torch takes longer than any verb here, so it is done once: every command is a fork of this process, which runs cli.main().
+SERVER = """
+import gc, json, os, sys, traceback
+import diffusers, envs.batch, envs.collect, matplotlib.pyplot, scripts.collect, scripts.data, scripts.eval, scripts.train, torch._dynamo
+diffusers.UniPCMultistepScheduler, diffusers.FlowMatchEulerDiscreteScheduler
+from scripts import cli
+gc.freeze()
+for line in sys.stdin:
+    job = json.loads(line)
+    if not (pid := os.fork()):
+        os.chdir(job["folder"])
+        for fd in (1, 2):
+            os.dup2(os.open(job["output"][fd - 1], os.O_CREAT | os.O_TRUNC | os.O_WRONLY), fd)
+        sys.argv = ["dipole", *job["argv"]]
+        try:
+            code = cli.main()
+        except SystemExit as e:
+            code = e.code
+        except BaseException:
+            code = traceback.format_exc()
+        if isinstance(code, str):  # as the interpreter does it, but without taking torch apart
+            print(code, file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(1 if isinstance(code, str) else code or 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
+TINY = ["train.batch=8", "train.warmup=1", "net.widths=[8,16]", "net.groups=4", "net.time_dim=16", "log.wandb=disabled", "train.precision=fp32"]
+SHORT = ["+env.max_steps=16", "episodes=3", "videos=0"]
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """`shell("train", "recipe=gantry")` is `dipole train recipe=gantry` typed in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENV)
+
+    def __call__(self, *argv: str) -> Done:
+        files = [str(self.folder / f".std{i}") for i in (1, 2)]
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps({"argv": argv, "folder": str(self.folder), "output": files}) + "\n")
+        self.server.stdin.flush()
+        code = int(self.server.stdout.readline())
+        return Done(code, *(Path(f).read_text() for f in files))
+
+    def close(self) -> None:
+        self.server.stdin.close()  # type: ignore[union-attr]
+        self.server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    shell = Shell(tmp_path_factory.mktemp("elsewhere"))
+    yield shell
+    shell.close()
+
+
+@pytest.fixture(scope="module")
+def run(shell):
+    """demos.zarr and a trained run in the shell's folder; what was printed on the way."""
+    collected = shell("collect", "env=gantry", "episodes=5", "path=demos.zarr")
+    assert collected.code == 0, collected.err
+    trained = shell("train", "recipe=gantry", "data.path=demos.zarr", "run=run", "train.steps=4", *TINY)
+    assert trained.code == 0, trained.err
+    return collected.out, trained.out
+
+
+def metrics(shell: Shell, out: str) -> dict:
+    return json.loads((shell.folder / out / "metrics.json").read_text())
+
+
+def facts(shell: Shell, run: str = "run") -> dict:
+    return json.loads((shell.folder / run / "checkpoints" / "policy.json").read_text())
+
+
+def refused(done: Done, *words: str) -> None:
+    """One short message, no traceback, exit code 1."""
+    assert done.code == 1, (done.code, done.out, done.err)
+    assert done.err.startswith("error: ") and "Traceback" not in done.err + done.out, done.err
+    assert all(w in done.err for w in words), (done.err, words)
+
+
+def test_collect_and_train_say_what_they_left_where(shell, run):
+    collected, trained = run
+    assert collected.splitlines()[-1].startswith("5 demonstrations, ") and collected.endswith(": demos.zarr\n")
+    assert trained.splitlines()[-2:] == [f"trained 4 steps in {trained.split(' in ')[-1].split()[0]} CPU-seconds", "report: run/report.html"]
+    left = {p.name for p in (shell.folder / "run").iterdir()}
+    assert left == {"checkpoints", "config.yaml", "overrides.json", "report.html", "train.jsonl", "versions.json"}
+    assert facts(shell)["step"] == 4
+    assert "error" not in shell("data", "info", "path=demos.zarr").err and (shell.folder / "demos.zarr.png").stat().st_size > 5000
+
+
+def test_eval_leaves_metrics_and_a_report_and_its_command_does_it_again(shell, run):
+    done = shell("eval", "run=run", "out=quoted folder", "seed=7", *SHORT)
+    assert done.code == 0, done.err
+    first = metrics(shell, "quoted folder")
+    assert {"task", "episodes", "seeds", "success", "success_ci", "score", "score_ci", "return", "plan_ms", "env_steps_per_s", "wall_s"} <= first.keys()
+    assert first["seeds"] == [7, 8, 9] and first["episodes"] == 3 and first["step"] == 4 and set(first["plan_ms"]) == {"p50", "p99"}
+    assert done.out.splitlines()[-2].startswith("gantry: success 0.0% [0.0%, 56.1%]")  # Wilson's interval of 0 of 3
+    assert (shell.folder / "quoted folder" / "report.html").stat().st_size > 1000
+    words = shlex.split(first["command"])
+    assert words[:2] == ["dipole", "eval"]
+    (shell.folder / "quoted folder" / "metrics.json").unlink()
+    assert shell(*words[1:]).code == 0
+    again = metrics(shell, "quoted folder")
+    assert again["per_episode"] == first["per_episode"] and again["command"] == first["command"]
+
+
+@pytest.mark.parametrize("overrides, folder, calls", [
+    (["sampler=heun"], "policy-heun-10", "heun"),
+    (["sampler=ddpm", "sampler.steps=8"], "policy-first_order-eta1.0-8", "first_order"),
+    (["sampler=diffusers", "sampler.fn.name=UniPCMultistep", "sampler.steps=6", "control.execute=4"], "policy-UniPCMultistep-6", "scheduler"),
+])
+def test_eval_draws_plans_in_other_ways(shell, run, overrides, folder, calls):
+    done = shell("eval", "run=run", *overrides, *SHORT)
+    assert done.code == 0, done.err
+    found = metrics(shell, f"run/eval/{folder}")
+    assert found["sampler"]["fn"]["_target_"].endswith(calls)
+    execute = found["control"]["execute"]
+    assert execute == (4 if "control.execute=4" in overrides else 8) and found["plans"] == 16 // execute
+    assert found["steps"] == 3 * 16
+
+
+def test_an_override_of_one_setting_keeps_the_rest_as_trained(shell, run):
+    """sampler.steps alone keeps the sampler the run was trained with, not the default one."""
+    assert shell("train", "data.path=demos.zarr", "run=heun", "sampler=heun", "train.steps=1", "control.execute=2", *TINY).code == 0
+    assert shell("eval", "run=heun", "sampler.steps=3", "out=few", *SHORT).code == 0
+    found = metrics(shell, "few")
+    assert found["sampler"]["fn"]["_target_"].endswith("heun") and found["sampler"]["steps"] == 3 and found["control"]["execute"] == 2
+    done = shell("eval", "run=heun", "sampler=ddim", "out=other", *SHORT)  # the group itself, chosen once in training and once now
+    assert done.code == 0, done.err
+    assert metrics(shell, "other")["sampler"]["fn"]["_target_"].endswith("first_order")
+
+
+def test_resume_goes_on_to_more_steps(shell, run):
+    assert shell("train", "data.path=demos.zarr", "run=more", "train.steps=2", *TINY).code == 0
+    done = shell("train", "run=more", "resume=true", "train.steps=5")
+    assert done.code == 0, done.err
+    assert "steps: 2 -> 5" in done.out and facts(shell, "more")["step"] == 5
+    assert facts(shell, "more")["planner"]["net"]["widths"] == [8, 16]  # as it was started
+    assert [json.loads(line)["step"] for line in (shell.folder / "more" / "train.jsonl").read_text().splitlines()] == [2, 5]
+
+
+@pytest.mark.gl
+def test_eval_films_failures_first(shell, run):
+    done = shell("eval", "run=run", "out=film", "+env.max_steps=4", "episodes=2", "videos=1")
+    assert done.code == 0, done.err
+    if "no videos" in done.out:
+        pytest.skip(done.out)
+    video, = metrics(shell, "film")["videos"]
+    assert (shell.folder / "film" / video["file"]).stat().st_size > 1000 and not video["success"]
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "collect", "data"])
+def test_help_shows_three_commands(shell, verb):
+    done = shell(verb, "--help")
+    assert done.code == 0 and len([line for line in done.out.splitlines() if line.startswith(f"  dipole {verb} ")]) >= 3
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["train", "trian.steps=1"], ["no setting 'trian.steps'", "train.steps", "dipole train --help"]),
+    (["train", "recpe=gantry"], ["no setting 'recpe'", "Did you mean recipe"]),
+    (["train", "env.max_stps=3"], ["no setting 'env.max_stps'", "+env.max_stps=…"]),
+    (["train", "net=unet9d"], ["net/unet9d", "unet1d"]),
+    (["train", "train.seed=0,1"], ["Ambiguous value", "train.seed=0,1"]),
+    (["eval"], ["run=FOLDER"]),
+    (["eval", "run=demos.zarr"], ["demos.zarr is not a training run", "config.yaml"]),
+    (["eval", "run=run", "checkpoint=best"], ["no checkpoint", "there are last, policy"]),
+    (["eval", "run=run", "env=pusht"], ["does not fit pusht", "'hand' is missing, trained on (3,)", "2 dimensions, trained on 4", "on its own task"]),
+    (["eval", "run=run", "sampler=diffusers", "sampler.fn.name=FlowMatchEulerDiscrete"], ["schedule=linear, not Cosine"]),
+    (["eval", "run=run", "sampler=diffusers", "sampler.fn.name=Unipc"], ["no scheduler 'Unipc'", "UniPCMultistep"]),
+    (["eval", "run=run", "control.execute=17"], ["execute=17", "horizon 16"]),
+    (["train", "run=run", "data.path=demos.zarr"], ["run already holds a run", "resume=true", "another run="]),
+    (["train", "run=run", "resume=true", "recipe=pusht_human"], ["keeps its recipe"]),
+    (["train", "resume=true"], ["run=FOLDER"]),
+    (["train", "run=nowhere", "resume=true"], ["nowhere is not a training run"]),
+    (["train", "run=new", "data.path=absent.zarr"], ["absent.zarr", "data.path=", "dipole collect"]),
+    (["train", "run=new", "data.path=run"], ["run is not a zarr group", "data/ and meta/"]),
+    (["train", "run=new", "data.path=demos.zarr", "data.action=motion"], ["'motion' is not in demos.zarr", "known: action, cube"]),
+    (["train", "recipe=pusht_human"], ["data.path has no value", "data.path=…"]),
+    (["train", "run=new", "data.path=demos.zarr", "net.widths=[12]"], ["widths [12] must be multiples of groups=8"]),
+    (["collect", "env=pusht", "path=new.zarr"], ["pusht has no scripted expert"]),
+    (["collect", "path=demos.zarr"], ["demos.zarr already holds data"]),
+    (["data", "info"], ["path has no value"]),
+    (["data", "info", "path=absent.zarr"], ["absent.zarr does not exist"]),
+    (["data", "inf", "path=demos.zarr"], ["use: dipole data info"]),
+])
+def test_a_slip_is_answered_without_a_traceback(shell, run, argv, words):
+    refused(shell(*argv), *words)
+    assert not (shell.folder / "new.zarr").exists()
+
+
+def test_a_refused_training_leaves_its_folder_free(shell, run):
+    refused(shell("train", "run=later", "data.path=absent.zarr"), "absent.zarr")
+    assert not (shell.folder / "later").exists()
+
+
+def test_the_installed_command_and_the_script_are_the_same(tmp_path):
+    """In processes of their own, from another folder; a mistake shows its traceback on request."""
+    def typed(*argv: str, **env: str) -> Done:
+        done = subprocess.run([*argv, "info", "path=absent.zarr"], cwd=tmp_path, env={**ENV, **env}, capture_output=True, text=True)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    refused(typed(sys.executable, str(ROOT / "scripts" / "data.py")), "absent.zarr does not exist")
+    full = typed(str(Path(sys.executable).with_name("dipole")), "data", HYDRA_FULL_ERROR="1")
+    assert full.code == 1 and "Traceback" in full.err and "DataError: absent.zarr does not exist" in full.err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    from scripts.verb import verb
+
+    @verb("data")
+    def main(cfg):
+        [].pop()
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["dipole data", "path=bug"])
+    with pytest.raises(IndexError, match="pop from empty list"):
+        main()
+    assert "HYDRA_FULL_ERROR" not in os.environ
