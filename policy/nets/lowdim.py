@@ -19,5 +19,5 @@ class LowDim(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width)) if width else nn.Identity()
 
     def forward(self, obs: Obs) -> Cond:
-        x: Tensor = torch.cat([obs[k].flatten(2).float() for k in self.keys], -1)
+        x: Tensor = torch.cat([obs[k].reshape(*obs[k].shape[:2], -1).float() for k in self.keys], -1)
         return Cond(self.mlp(x))

@@ -43,6 +43,8 @@ class UNet1d(nn.Module):
         if self.cond_dim:
             if cond is None:
                 raise ValueError(f"this net is conditioned on {self.cond_dim} features; pass cond")
+            if cond.flat.shape[1] != self.cond_dim:
+                raise ValueError(f"this net is conditioned on {self.cond_dim} features, got {cond.flat.shape[1]}")
             c = torch.cat([c, cond.flat.to(c.dtype)], -1)
         c = self.act(c)
         h = x.transpose(1, 2)
