@@ -40,7 +40,7 @@ class Episode:
 
     @property
     def score(self) -> float:
-        return float(self.reward.max(initial=0.0))
+        return float(self.reward.max())
 
     def summary(self) -> dict[str, Any]:
         return {"seed": self.seed, "success": self.success, "score": self.score, "return": float(self.reward.sum()), "steps": len(self.reward)}
@@ -77,19 +77,18 @@ def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int
     """Roll `episodes` episodes out from the distinct seeds seed, seed + 1, …, as many at a time as envs has copies.
 
     Copies with `step_chunk` (envs.batch.BatchEnv) take whole chunks; any other VectorEnv is stepped. Finished copies leave the batch.
-    Episode i is the same whatever the number of copies, for a deterministic sampler.
+    Episode i is the same whatever the number of copies, for a deterministic sampler. ValueError when two seeds start the same episode.
     """
     start, env_s = time.perf_counter(), 0.0
     plan_s: list[float] = []
     done: list[Episode] = []
+    starts: dict[bytes, int] = {}
     seeds = list(range(seed, seed + episodes))
     for first in range(0, episodes, envs.num_envs):
         wave = seeds[first: first + envs.num_envs]
-        finished, spent, plans = _wave(controller, envs, wave, partial(_offset, on_progress, first))
+        finished, spent, plans = _wave(controller, envs, wave, partial(_offset, on_progress, first), partial(_refuse_repeats, starts, task))
         done += finished
         env_s, plan_s = env_s + spent, plan_s + plans
-    if len({e.seed for e in done}) != episodes:
-        raise RuntimeError(f"{episodes} episodes ran on {len({e.seed for e in done})} distinct seeds; the environment ignores its seed")
     wall = time.perf_counter() - start
     return Report(task, done, plan_s, _single_plans(controller), env_s, wall)
 
@@ -98,12 +97,22 @@ def _offset(on_progress: Callable[[int], None], base: int, done: int) -> None:
     on_progress(base + done)
 
 
-def _wave(controller: Controller, envs: "VectorEnv", seeds: Sequence[int],
-          on_progress: Callable[[int], None]) -> tuple[list[Episode], float, list[float]]:
+def _refuse_repeats(starts: dict[bytes, int], task: str, seeds: Sequence[int], obs: dict[str, np.ndarray]) -> None:
+    """ValueError when the first observations (n, …) of two seeds are equal; starts {first observation: seed} grows."""
+    for i, seed in enumerate(seeds):
+        start = b"".join(np.ascontiguousarray(obs[k][i]).tobytes() for k in sorted(obs))
+        if (other := starts.setdefault(start, seed)) != seed:
+            raise ValueError(f"{task or 'the environment'} starts seeds {other} and {seed} with the same observation, so their episodes would be counted "
+                             "twice. Its reset must use the seed; if it has one start only, evaluate a single episode")
+
+
+def _wave(controller: Controller, envs: "VectorEnv", seeds: Sequence[int], on_progress: Callable[[int], None],
+          check: Callable[[Sequence[int], dict[str, np.ndarray]], None]) -> tuple[list[Episode], float, list[float]]:
     """One episode on each of the first len(seeds) copies."""
     n, spec = len(seeds), controller.planner.spec
-    padded: Any = [*seeds, *([seeds[-1]] * (envs.num_envs - n))]  # spare copies are reset and never stepped
+    padded: Any = [*seeds, *([seeds[-1]] * (envs.num_envs - n))]  # spare copies are never looked at
     obs, _ = envs.reset(seed=padded)
+    check(seeds, obs)
     controller.reset(seeds)
     controller.observe({k: np.asarray(obs[k])[:n, None] for k in spec.obs if k in obs})
     alive, finished = np.zeros(envs.num_envs, bool), 0
@@ -141,17 +150,26 @@ def _step_chunk(envs: Any, actions: np.ndarray, alive: np.ndarray) -> tuple[dict
     """A chunk (n, t, d) on any VectorEnv: -> obs {key: (n, t, …)}, reward, terminated, truncated (n, t), info with success (n, t)."""
     if hasattr(envs, "step_chunk"):
         return envs.step_chunk(actions, alive)
-    rows = []
+    rows, ended = [], ~alive
     for t in range(actions.shape[1]):
         obs, reward, terminated, truncated, info = envs.step(actions[:, t].astype(envs.single_action_space.dtype))
-        won = np.asarray(info.get("success", info.get("is_success", terminated)), bool)
-        rows.append((obs, reward, terminated, truncated, won))
-        if (terminated | truncated | ~alive)[alive].all():
+        over = terminated | truncated
+        ended = ended | over  # an environment that resets itself goes on: what follows is not this episode
+        rows.append((obs, reward, ended, truncated, _won(info, terminated)))
+        if ended.all():
             break
+        if over.any() and str(envs.metadata.get("autoreset_mode")).endswith("DISABLED"):  # such a one refuses to step copies that have ended
+            envs.reset(options={"reset_mask": over})
     obs = {k: np.stack([r[0][k] for r in rows], 1) for k in rows[0][0]}
-    reward, terminated, truncated, won = (np.stack([r[i] for r in rows], 1) for i in range(1, 5))
-    ended = np.maximum.accumulate(terminated | truncated, 1)  # an environment that resets itself goes on: what follows is not this episode
-    return obs, reward, terminated | ended, truncated, {"success": won}
+    reward, ends, truncated, won = (np.stack([r[i] for r in rows], 1) for i in range(1, 5))
+    return obs, reward, ends, truncated, {"success": won}
+
+
+def _won(info: dict[str, Any], terminated: np.ndarray) -> np.ndarray:
+    """Success (n,): info's success or is_success, that of the ended episode where the step has begun a new one; else termination."""
+    def said(i: dict[str, Any]) -> np.ndarray:
+        return np.asarray(i.get("success", i.get("is_success", terminated)), bool)
+    return np.where(info["_final_info"], said(info["final_info"]), said(info)) if "final_info" in info else said(info)
 
 
 def _single_plans(controller: Controller, n: int = 30) -> list[float]:
