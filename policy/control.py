@@ -33,6 +33,12 @@ class Controller:
             self.fresh = torch.ones(e, dtype=torch.bool)
             self.noise = [torch.Generator() for _ in seeds]
             rows = np.arange(e)
+        elif not self.noise:
+            raise RuntimeError("the first reset starts every row: leave out rows")
+        if np.asarray(rows).dtype.kind not in "iu":
+            raise TypeError(f"rows are indices, got {np.asarray(rows).dtype}; a mask is turned into them by mask.nonzero()[0]")
+        if len(rows) != len(seeds):
+            raise ValueError(f"{len(seeds)} seeds for {len(rows)} rows")
         for row, seed in zip(rows, seeds, strict=True):
             self.noise[row].manual_seed(int(seed))
         self.fresh[rows], self.left[rows] = True, 0
@@ -56,7 +62,11 @@ class Controller:
     @torch.inference_mode()
     def plan(self, rows: np.ndarray | None = None) -> np.ndarray:
         """The next `execute` actions of `rows`, (n, execute, d) in physical units. Raises ValueError when a plan is not finite."""
+        if not self.noise:
+            raise RuntimeError("call reset(seeds), then observe, before the first plan")
         at = torch.arange(len(self.noise)) if rows is None else torch.as_tensor(rows)
+        if self.fresh[at].any():
+            raise RuntimeError(f"rows {at[self.fresh[at]].tolist()} have observed nothing since their reset: call observe first")
         spec = self.planner.spec
         noise = torch.stack([torch.randn(spec.horizon, spec.action_dim, generator=self.noise[i]) for i in at.tolist()])
         chunk = self.planner.plan({k: h[at].to(self.device) for k, h in self.history.items()}, noise=noise.to(self.device))[:, : self.execute]

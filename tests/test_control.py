@@ -1,0 +1,186 @@
+"""The controller: history, queue and noise belong to each row alone."""
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from policy.control import Controller
+from policy.types import Spec
+from tests.helpers import make_data, make_planner, make_store
+
+SPEC = Spec(obs={"x": (2,), "y": ()}, action_dim=1, t_obs=3, horizon=6)
+
+
+class Counting(nn.Module):
+    """Plan number n of the episode, step t, is 100 n + t: known without a network. What it was shown is kept."""
+
+    def __init__(self, spec: Spec = SPEC):
+        super().__init__()
+        self.spec, self.anchor = spec, nn.Parameter(torch.zeros(1))
+        self.seen: list[dict[str, torch.Tensor]] = []
+        self.noise: list[torch.Tensor] = []
+
+    def plan(self, obs, *, noise=None, prefix=None):
+        self.seen.append({k: v.clone() for k, v in obs.items()})
+        self.noise.append(noise.clone())
+        return (100 * len(self.seen) + torch.arange(6.0))[None, :, None].expand(len(noise), -1, self.spec.action_dim)
+
+
+def frame(n: int, value: float) -> dict[str, np.ndarray]:
+    return {"x": np.full((n, 2), value) + 100 * np.arange(n)[:, None], "y": np.full(n, value) + 100 * np.arange(n), "unused": np.zeros(n)}
+
+
+def chunk(n: int, values: list[float]) -> dict[str, np.ndarray]:
+    frames = [frame(n, v) for v in values]
+    return {k: np.stack([f[k] for f in frames], 1) for k in frames[0]}
+
+
+def test_the_first_observation_fills_the_history_and_later_ones_push():
+    controller = Controller(Counting(), execute=1)
+    controller.reset([0, 1])
+    for value, want in ((5, [5, 5, 5]), (6, [5, 5, 6]), (7, [5, 6, 7]), (8, [6, 7, 8])):  # oldest first
+        controller.act(frame(2, value))
+        seen = controller.planner.seen[-1]
+        assert seen["y"].tolist() == [want, [w + 100 for w in want]] and torch.equal(seen["x"][..., 0], seen["y"])
+    controller.reset([0, 1])
+    controller.act(frame(2, 40))
+    assert controller.planner.seen[-1]["y"][0].tolist() == [40, 40, 40]  # nothing of the last episode
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_observing_a_chunk_is_observing_its_steps(steps):
+    one, many = Controller(Counting(), execute=6), Controller(Counting(), execute=6)
+    one.reset([0, 1]), many.reset([0, 1])
+    for start in (10.0, 20.0):
+        values = [start + k for k in range(steps)]
+        many.observe(chunk(2, values))
+        for v in values:
+            one.observe(chunk(2, [v]))
+        assert torch.equal(one.history["x"], many.history["x"]) and torch.equal(one.history["y"], many.history["y"])
+
+
+@pytest.mark.parametrize("execute", [1, 2, 4, 6])
+def test_the_first_actions_of_each_plan_are_executed(execute):
+    controller = Controller(Counting(), execute=execute)
+    controller.reset([0])
+    done = [controller.act(frame(1, k))[0, 0].item() for k in range(3 * execute)]
+    assert done == [100 * plan + t for plan in (1, 2, 3) for t in range(execute)]
+    assert len(controller.planner.seen) == 3
+    assert controller.planner.seen[1]["y"][0, -1] == execute  # planned from the newest observation
+    assert controller.act(frame(1, 9)).shape == (1, 1)
+
+
+def test_a_reset_row_plans_at_once_and_the_others_go_on():
+    controller = Controller(Counting(), execute=4)
+    controller.reset([0, 1, 2])
+    first = [controller.act(frame(3, k))[:, 0].tolist() for k in range(2)]
+    controller.reset([9], rows=np.array([1]))
+    assert controller.planner.seen[-1]["y"].shape == (3, 3)
+    after = [controller.act(frame(3, k))[:, 0].tolist() for k in range(2, 6)]
+    assert first == [[100] * 3, [101] * 3]
+    assert after == [[102, 200, 102], [103, 201, 103], [300, 202, 300], [301, 203, 301]]
+    assert controller.planner.seen[1]["y"].tolist() == [[102, 102, 102]]  # its history starts anew, at step 2 of row 1
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory):
+    return make_planner(make_data(make_store(tmp_path_factory.mktemp("data") / "d.zarr"))).eval().requires_grad_(False)
+
+
+def real(n: int, k: int) -> dict[str, np.ndarray]:
+    """Observations of row i at step k, different for every row."""
+    return {"x": 5 + np.sin(np.arange(n)[:, None] * 1.7 + k * 0.3 + np.arange(3))}
+
+
+def test_a_seed_fixes_the_plans_of_its_row_whatever_the_batch(planner):
+    """Row 2 of five, alone, and beside rows that are dropped: the same actions; another seed: others."""
+    together, alone = Controller(planner, execute=3), Controller(planner, execute=3)
+    together.reset([10, 11, 12, 13, 14])
+    alone.reset([12])
+    for k in range(10):
+        a, b = together.act(real(5, k)), alone.act({"x": real(5, k)["x"][2:3]})
+        np.testing.assert_allclose(a[2], b[0], rtol=1e-5, atol=1e-5)
+    again, other = Controller(planner, execute=3), Controller(planner, execute=3)
+    again.reset([10, 11, 12, 13, 14])
+    other.reset([10, 11, 99, 13, 14])
+    first = again.act(real(5, 0))
+    apart = np.abs(first - other.act(real(5, 0))).max(1)
+    assert apart[2] > 1e-2 and apart[[0, 1, 3, 4]].max() == 0
+    together.reset([10, 11, 12, 13, 14])
+    assert np.array_equal(together.act(real(5, 0)), first)  # a reset forgets everything
+
+
+def test_rows_do_not_depend_on_which_others_are_alive(planner):
+    """As evaluate drives it: chunks of observations, fewer rows each time."""
+    def drive(alive: list[list[int]]) -> list[np.ndarray]:
+        controller = Controller(planner, execute=4)
+        controller.reset([3, 4, 5])
+        controller.observe({"x": real(3, 0)["x"][:, None]})
+        plans = []
+        for k, rows in enumerate(alive):
+            at = np.array(rows)
+            plans.append(controller.plan(at)[rows.index(1)])
+            controller.observe({"x": np.stack([real(3, 4 * k + t)["x"][at] for t in range(1, 5)], 1)}, at)
+        return plans
+
+    for a, b in zip(drive([[0, 1, 2]] * 4), drive([[0, 1, 2], [1, 2], [1], [1]]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_acting_is_observing_and_planning(planner):
+    stepper, planned = Controller(planner, execute=5), Controller(planner, execute=5)
+    stepper.reset([1, 2]), planned.reset([1, 2])
+    for k in range(3):
+        actions = np.stack([stepper.act(real(2, 5 * k + t)) for t in range(5)], 1)
+        planned.observe({"x": real(2, 5 * k)["x"][:, None]})
+        assert np.array_equal(planned.plan(), actions)
+        planned.observe({"x": np.stack([real(2, 5 * k + t)["x"] for t in range(1, 5)], 1)})
+
+
+def test_the_global_generator_is_left_alone(planner):
+    controller = Controller(planner)
+    controller.reset([1])
+    state = torch.random.get_rng_state()
+    controller.act(real(1, 0))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_misuse_is_told():
+    controller = Controller(Counting(), execute=6)
+    for use in (lambda: controller.act(frame(2, 0)), controller.plan, lambda: controller.observe(chunk(2, [0]))):
+        with pytest.raises(RuntimeError, match="call reset"):
+            use()
+    with pytest.raises(RuntimeError, match="first reset starts every row"):
+        controller.reset([1], rows=np.array([0]))
+    controller.reset([0, 1])
+    with pytest.raises(RuntimeError, match=r"rows \[0, 1\] have observed nothing since their reset"):
+        controller.plan()
+    with pytest.raises(KeyError, match=r"lacks y \(got x\)"):
+        controller.act({"x": np.zeros((2, 2))})
+    with pytest.raises(ValueError, match=r"'x' must be \(2, t, 2\), got \(2, 1, 3\)"):
+        controller.act({**frame(2, 0), "x": np.zeros((2, 3))})
+    with pytest.raises(ValueError, match=r"'x' must be \(2, t, 2\), got \(3, 1, 2\)"):
+        controller.act({**frame(2, 0), "x": np.zeros((3, 2))})
+    controller.observe({k: v[:1] for k, v in chunk(2, [0]).items()}, np.array([0]))
+    with pytest.raises(RuntimeError, match=r"rows \[1\] have observed nothing"):
+        controller.plan()
+    controller.act(frame(2, 0))
+    controller.reset([7], rows=np.array([1]))
+    with pytest.raises(RuntimeError, match=r"rows \[1\] have observed nothing"):
+        controller.plan()
+    assert controller.plan(np.array([0])).shape == (1, 6, 1)
+    with pytest.raises(ValueError, match="1 seeds for 2 rows"):
+        controller.reset([7], rows=np.array([0, 1]))
+    with pytest.raises(TypeError, match=r"rows are indices, got bool.*nonzero"):
+        controller.reset([7, 8], rows=np.array([True, False]))
+    for execute in (0, 7):
+        with pytest.raises(ValueError, match=f"execute={execute} must be between 1 and the planner's horizon 6"):
+            Controller(Counting(), execute=execute)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_plan_that_is_not_finite_is_refused(planner, bad):
+    controller = Controller(planner)
+    controller.reset([0, 1])
+    with pytest.raises(ValueError, match="not finite"):
+        controller.act({"x": np.array([[1.0, 2, 3], [1, bad, 3]])})
