@@ -32,8 +32,9 @@ class Planner(nn.Module):
     def set_sampler(self, sampler: Sampler, steps: int, spacing: str = "trailing") -> None:
         """Draw plans differently from now on; nothing learned changes. ValueError when the sampler cannot follow the planner's path."""
         path = self.denoiser.path
-        self.sampler, self.taus = sampler, grid(path, steps, spacing)
-        sampler(lambda x, tau, cond: x, path, torch.zeros(1, self.spec.horizon, 1), self.taus, None)  # a misfit shows now, not on the robot
+        taus = grid(path, steps, spacing)
+        sampler(lambda x, tau, cond: x, path, torch.zeros(1, self.spec.horizon, 1), taus, None)  # a misfit shows now, not on the robot
+        self.sampler, self.taus = sampler, taus
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean denoising loss of each sample, (b,)."""
@@ -68,6 +69,8 @@ class Planner(nn.Module):
             denoise = guide(denoise)
         if prefix is not None:
             _, p, _ = shape(prefix, "b p d", b=b, d=size[2])
+            if p > size[1]:
+                raise ValueError(f"prefix promises {p} actions, more than the horizon {size[1]}")
             known = torch.zeros_like(noise)
             known[:, :p] = self.normalizer.encode({"action": prefix})["action"]
             denoise = pin(denoise, known, torch.arange(size[1], device=noise.device)[:, None] < p)
