@@ -20,13 +20,14 @@ class Planner(nn.Module):
 
     encoder: Obs -> Cond.   sampler, steps, spacing: how plans are drawn, free to change after training.   guides: applied in order, the
     last one outermost.   padding_loss: whether actions repeated behind an episode's end are learned (the robot learns to stop there).
+    obs_noise: standard deviation added to normalised observations in training, against overfitting few demonstrations.
     """
 
     def __init__(self, spec: Spec, normalizer: Normalizer, encoder: nn.Module, denoiser: Denoiser, *, sampler: Sampler = first_order,
-                 steps: int = 10, spacing: str = "trailing", guides: Sequence[Guide] = (), padding_loss: bool = False):
+                 steps: int = 10, spacing: str = "trailing", guides: Sequence[Guide] = (), padding_loss: bool = False, obs_noise: float = 0.0):
         super().__init__()
         self.spec, self.normalizer, self.encoder, self.denoiser = spec, normalizer, encoder, denoiser
-        self.guides, self.padding_loss = list(guides), padding_loss
+        self.guides, self.padding_loss, self.obs_noise = list(guides), padding_loss, obs_noise
         self.set_sampler(sampler, steps, spacing)
 
     def set_sampler(self, sampler: Sampler, steps: int, spacing: str = "trailing") -> None:
@@ -38,7 +39,10 @@ class Planner(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean denoising loss of each sample, (b,)."""
-        cond = self.encoder(self.normalizer.encode(batch.obs))
+        obs = self.normalizer.encode(batch.obs)
+        if self.training and self.obs_noise:
+            obs = {k: v + self.obs_noise * torch.randn_like(v) for k, v in obs.items()}
+        cond = self.encoder(obs)
         x0 = self.normalizer.encode({"action": batch.action})["action"]
         loss = denoising_loss(self.denoiser, x0, cond).mean(-1)
         if self.padding_loss:

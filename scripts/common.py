@@ -75,12 +75,12 @@ def write_start(folder: Path, cfg: DictConfig) -> None:
 
 
 def planner_config(cfg: DictConfig) -> dict[str, Any]:
-    return {**{k: plain(cfg[k]) for k in PLANNER}, "guides": plain(cfg.guide), "padding_loss": cfg.padding_loss}
+    return {**{k: plain(cfg[k]) for k in PLANNER}, "guides": plain(cfg.guide), "padding_loss": cfg.padding_loss, "obs_noise": cfg.obs_noise}
 
 
 def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryDataset:
     if not Path(cfg.data.path).exists():
-        raise FileNotFoundError(f"there is no dataset {cfg.data.path}. Name one with data.path=…, or record one: dipole collect env=gantry path={cfg.data.path}")
+        raise FileNotFoundError(f"there is no dataset {cfg.data.path}. Name one with data.path=…, or record one: dipole collect path={cfg.data.path}")
     d = plain(cfg.data)
     store, obs, action = Store.open(d.pop("path")), d.pop("obs"), d.pop("action")
     d.pop("fps", None)

@@ -177,3 +177,16 @@ def test_misfits_are_told(planner):
         planner.plan(obs, noise=noise, prefix=torch.zeros(5, 1, 3))
     with pytest.raises(ValueError, match="promises 9 actions, more than the horizon 8"):
         planner.plan(obs, noise=noise, prefix=torch.zeros(5, 9, 2))
+
+
+def test_observation_noise_is_for_training_only(data):
+    noisy, batch = make_planner(data), data.batch(torch.arange(16))
+
+    def loss(noise: float) -> torch.Tensor:
+        noisy.obs_noise = noise
+        torch.manual_seed(0)
+        return noisy.loss(batch)
+
+    assert not torch.equal(loss(0.5), loss(0.0))
+    noisy.eval()
+    assert torch.equal(loss(0.5), loss(0.0))

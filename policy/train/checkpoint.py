@@ -79,7 +79,7 @@ def build(config: dict[str, Any], spec: Spec, normalizer: Normalizer, *, trust: 
     net = instantiate(config["net"], action_dim=spec.action_dim, cond_dim=encoder.tokens * encoder.dim)
     denoiser = Denoiser(net, instantiate(config["schedule"]), **config["denoiser"])
     return Planner(spec, normalizer, encoder, denoiser, guides=guides(config.get("guides")), padding_loss=config.get("padding_loss", False),
-                   **sampling(config["sampler"]))
+                   obs_noise=config.get("obs_noise", 0.0), **sampling(config["sampler"]))
 
 
 def guides(config: dict[str, Any] | None) -> list[Guide]:
