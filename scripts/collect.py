@@ -1,5 +1,6 @@
 """Write demonstrations of a task's scripted expert to zarr: dipole collect env=gantry path=demos/gantry.zarr."""
 import time
+from itertools import islice
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -20,7 +21,7 @@ def collect(task, path: Path, *, episodes: int, seed: int, noise: float | None) 
     with bar() as progress:
         bar_task = progress.add_task("collect", total=episodes, note="")
         found = demonstrations(task, task.expert, episodes, seed=seed, noise=noise)
-        while chunk := [{k: v for k, v in e.items() if k != "seed"} for e, _ in zip(found, range(25), strict=False)]:
+        while chunk := [{k: v for k, v in e.items() if k != "seed"} for e in islice(found, 25)]:
             store.extend(chunk)
             progress.update(bar_task, completed=store.episodes, note=f"{store.steps} steps")
     return store

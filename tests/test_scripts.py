@@ -238,3 +238,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     with pytest.raises(IndexError, match="pop from empty list"):
         main()
     assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_collect_stores_every_demonstration(tmp_path):
+    """More than one chunk of appends, none lost at their borders."""
+    from envs.gantry import Gantry
+    from scripts.collect import collect
+    assert collect(Gantry(), tmp_path / "d.zarr", episodes=60, seed=10_000, noise=None).episodes == 60
