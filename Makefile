@@ -26,7 +26,7 @@ demo: $(STAMP) ## from nothing to a moving robot: demonstrations, training, eval
 	$(BIN)/dipole demo $(ARGS)
 
 test: $(STAMP) ## run the fast tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(STAMP) ## lint and type-check
 	$(BIN)/ruff check .

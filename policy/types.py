@@ -44,16 +44,20 @@ class Spec:
     def from_json(cls, d: dict[str, Any]) -> "Spec":
         return cls(**{**d, "obs": {k: tuple(v) for k, v in d["obs"].items()}})
 
-    def check(self, obs: dict[str, tuple[int, ...]], action_dim: int, fps: float, where: str) -> None:
-        """Raise ValueError when `where` (a task, a robot) does not offer what this policy was trained on."""
+    def differences(self, obs: dict[str, tuple[int, ...]], action_dim: int, fps: float) -> str:
+        """What a task or robot with these observations {key: shape}, actions and control rate [Hz] lacks; '' when it fits."""
         wrong = [f"observation {k!r} is {'missing' if k not in obs else f'{tuple(obs[k])}'}, trained on {tuple(s)}"
                  for k, s in self.obs.items() if tuple(obs.get(k, ("missing",))) != tuple(s)]
         if action_dim != self.action_dim:
             wrong.append(f"actions have {action_dim} dimensions, trained on {self.action_dim}")
         if fps and self.fps and abs(fps - self.fps) > 1e-6:
             wrong.append(f"control runs at {fps} Hz, trained at {self.fps} Hz")
-        if wrong:
-            raise ValueError(f"this checkpoint (trained for {self.task or 'an unnamed task'}) does not fit {where}: {'; '.join(wrong)}. "
+        return "; ".join(wrong)
+
+    def check(self, obs: dict[str, tuple[int, ...]], action_dim: int, fps: float, where: str) -> None:
+        """Raise ValueError when `where` (a task, a robot) does not offer what this policy was trained on."""
+        if wrong := self.differences(obs, action_dim, fps):
+            raise ValueError(f"this checkpoint (trained for {self.task or 'an unnamed task'}) does not fit {where}: {wrong}. "
                              f"Evaluate it on its own task, or train one for {where}")
 
 

@@ -38,11 +38,18 @@ def words_to_overrides(argv: list[str]) -> list[str]:
         bare = arg and "=" not in arg and not arg.startswith(("-", "~")) and (i == 0 or argv[i - 1] not in TAKES_VALUE)
         if bare:
             words.append(arg)
-        out.append(f"do={arg}" if bare else arg)
+        out.append(f"do={arg}" if bare else quoted(arg))
     if len(words) > 1:
         raise SystemExit(f"dipole: one bare word at most, got {' and '.join(map(repr, words))}. "
                          f"Settings are written key=value, like {words[-1]}=…")
     return out
+
+
+def quoted(arg: str) -> str:
+    """`path=rün` -> `path='rün'`: hydra's grammar of plain values knows ASCII only."""
+    key, equals, value = arg.partition("=")
+    plain = value.isascii() or arg.startswith("-") or value[:1] in "'\"[{"
+    return arg if plain else key + equals + "'" + value.replace("'", "\\'") + "'"
 
 
 def usage() -> str:

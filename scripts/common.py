@@ -3,6 +3,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from policy.report import write_report
 from policy.rollout import Report, evaluate
 from policy.train import checkpoint
 from policy.train.log import bar, console
+from policy.types import Spec
 
+LEARNED = ("padding_loss", "obs_noise", "normalize", "t_obs", "horizon", "data", "train")
 PLANNER = ("encoder", "net", "schedule", "denoiser", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
 
 
@@ -52,12 +55,16 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
     saved = OmegaConf.load(path)
     now = overrides()
     name = HydraConfig.get().job.config_name
-    both = compose(name, [*_trained_with(folder), *now])  # so that sampler.steps=4 keeps the sampler the run was trained with
+    before = {o.split("=")[0]: o for o in _trained_with(folder)}
+    again = {o.split("=")[0] for o in now}
+    both = compose(name, [*(o for key, o in before.items() if key not in again), *now])  # so that sampler.steps=4 keeps the sampler the run was trained with
     touched = {o.lstrip("+~").split("=")[0].split(".")[0].split("/")[0].split("@")[0] for o in now} - {"run", "resume"}
+    if name == "eval" and (learned := sorted(touched & {*PLANNER, *LEARNED} - {"sampler"})):
+        raise ValueError(f"{', '.join(learned)} cannot change after training; train a new run with it. What can: env, sampler, guide, control")
     if "recipe" in touched:
         raise ValueError("a run keeps its recipe; start a new run for another one")
     result = OmegaConf.create({**cfg, **saved})
-    for key in touched | (set(cfg) - set(saved)):
+    for key in touched | (set(cfg) - set(saved)) | {"trust"}:  # never trusted on a file's word
         result[key] = both[key]
     return result
 
@@ -70,7 +77,8 @@ def _trained_with(folder: Path) -> list[str]:
 def write_start(folder: Path, cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    (folder / "overrides.json").write_text(json.dumps([o for o in overrides() if o.split("=")[0] not in ("run", "resume")]))
+    said = {o.split("=")[0]: o for o in [*_trained_with(folder), *overrides()]}  # the last word on a key counts
+    (folder / "overrides.json").write_text(json.dumps([o for key, o in said.items() if key not in ("run", "resume")]))
     (folder / "versions.json").write_text(json.dumps(checkpoint.versions(), indent=1))
 
 
@@ -82,16 +90,32 @@ def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryData
     if not Path(cfg.data.path).exists():
         raise FileNotFoundError(f"there is no dataset {cfg.data.path}. Name one with data.path=…, or record one: dipole collect path={cfg.data.path}")
     d = plain(cfg.data)
-    store, obs, action = Store.open(d.pop("path")), d.pop("obs"), d.pop("action")
+    store, obs, action = Store.open(d.pop("path"), missing=d.pop("missing", "error")), d.pop("obs"), d.pop("action")
     d.pop("fps", None)
     obs = obs or {k: k for k in store.keys if k != action}
     return TrajectoryDataset(store, obs, action, t_obs=cfg.t_obs, horizon=cfg.horizon, split=split, device=device, **d)
 
 
-def make_envs(env: DictConfig, copies: int):
+def check_task(cfg: DictConfig, spec: Spec) -> None:
+    """ValueError before training when the data does not show what the task shows; nothing where there is no simulator to ask."""
+    if "_target_" not in cfg.env:
+        return
+    try:
+        from envs.task import Task
+    except ImportError:
+        return
+    checkpoint.check_targets(plain(cfg.env), ("envs", *cfg.trust))
+    if isinstance(task := instantiate(cfg.env), Task):
+        shapes = {k: v.shape or () for k, v in task.observation_space.spaces.items()}
+        if wrong := spec.differences(shapes, task.action_shape[0], task.fps):
+            raise ValueError(f"{cfg.data.path} is not a recording of {task.name}: {wrong}. Name the task it comes from with env=…, or none with env=none")
+
+
+def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = ()):
     """conf/env/*.yaml -> (name, control rate [Hz], vector environment). A node yields a task, or a function of the number of copies."""
     if "_target_" not in env:
         raise ValueError("env=none has nothing to roll out in; name a task: env=gantry, env=pusht, or one of your own")
+    checkpoint.check_targets(plain(env), ("envs", *trust))
     from envs.batch import BatchEnv
     from envs.task import Task
     made = instantiate(env)
@@ -104,7 +128,10 @@ def make_envs(env: DictConfig, copies: int):
 def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, seed: int, copies: int, videos: int,
             extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """Evaluate, write metrics.json and videos into folder, return the metrics."""
-    name, fps, envs = make_envs(cfg.env, min(copies, episodes))
+    for key, value in {"episodes": episodes, "copies": copies}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key}={value!r} must be a whole number from 1")
+    name, fps, envs = make_envs(cfg.env, min(copies, episodes), list(cfg.trust))
     try:
         space = envs.single_observation_space
         if not hasattr(space, "spaces"):
@@ -133,7 +160,9 @@ def mujoco_errors() -> type[Exception]:
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1))
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(path)
 
 
 def write_videos(report: Report, envs: Any, folder: Path, count: int, fps: float) -> list[dict[str, Any]]:

@@ -34,9 +34,14 @@ def main() -> None:
 def step(verb: str, *overrides: str) -> None:
     """The same command a user would type, shown before it runs."""
     console.print(f"\n[bold cyan]$ dipole {verb} {' '.join(overrides)}[/]", highlight=False)
-    done = subprocess.run([sys.executable, "-m", "scripts.cli", verb, *overrides])
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    process = subprocess.Popen([sys.executable, "-m", "scripts.cli", verb, *overrides])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the verb got it too, and may be saving
+        process.wait()
+        code = 130
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

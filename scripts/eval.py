@@ -1,4 +1,5 @@
 """Roll a trained planner out on distinct seeds: dipole eval run=outputs/gantry episodes=100 sampler=heun."""
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from scripts.verb import verb
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Evaluate the run's checkpoint as cfg says; metrics, videos and report lie in the folder that the last line names."""
     torch.set_num_threads(cfg.threads)
-    planner, facts = checkpoint.load(folder, cfg.checkpoint, device=str(checkpoint.pick_device(cfg.device)))
-    planner.set_sampler(**checkpoint.sampling(common.plain(cfg.sampler)))
-    planner.guides = checkpoint.guides(common.plain(cfg.guide))
+    planner, facts = checkpoint.load(folder, cfg.checkpoint, device=str(checkpoint.pick_device(cfg.device)), trust=list(cfg.trust))
+    planner.set_sampler(**checkpoint.sampling(common.plain(cfg.sampler), list(cfg.trust)))
+    planner.guides = checkpoint.guides(common.plain(cfg.guide), list(cfg.trust))
     torch.manual_seed(cfg.seed)  # a stochastic sampler's draws
-    out = Path(cfg.out) if cfg.out else folder / "eval" / f"{cfg.checkpoint}-{sampler_name(cfg)}"
+    out = Path(cfg.out) if cfg.out else folder / "eval" / result_name(cfg.checkpoint)
     metrics = common.rollout(planner, cfg, out, episodes=cfg.episodes, seed=cfg.seed, copies=cfg.copies, videos=cfg.videos,
                              extra={"run": str(folder), "checkpoint": cfg.checkpoint, "step": facts["step"], "cpu_s": facts["cpu_s"]})
     common.write_start(out, cfg)
@@ -25,10 +26,10 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def sampler_name(cfg: DictConfig) -> str:
-    fn = cfg.sampler.fn
-    name = fn.get("name") or fn["_target_"].rsplit(".", 1)[-1]
-    return f"{name}{'-eta' + str(fn.eta) if fn.get('eta') else ''}-{cfg.sampler.steps}"
+def result_name(checkpoint: str) -> str:
+    """policy, or policy-sampler=heun-episodes=20: another evaluation of a run goes to another folder, the same one replaces its result."""
+    said = [o for o in common.overrides() if o.split("=")[0] not in ("run", "checkpoint", "videos", "copies", "out", "threads", "device")]
+    return re.sub(r"[^\w.=+-]+", "_", "-".join([checkpoint, *sorted(said)]))
 
 
 @verb("eval")

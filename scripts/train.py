@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from policy.data.normalize import Normalizer
 from policy.planner import Planner
@@ -21,10 +21,11 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     device = checkpoint.pick_device(cfg.device)
     data, val = (common.dataset(cfg, split, device) for split in ("train", "val"))
     spec = spec_of(cfg, data.shapes)
+    common.check_task(cfg, spec)
     modes = cfg.normalize if isinstance(cfg.normalize, str) else common.plain(cfg.normalize)
     torch.manual_seed(cfg.train.seed)  # initial weights
     config = common.planner_config(cfg)
-    planner = checkpoint.build(config, spec, Normalizer.fit(data.arrays, modes)).to(device)
+    planner = checkpoint.build(config, spec, Normalizer.fit(data.arrays, modes), trust=list(cfg.trust)).to(device)
     settings = Settings(**{**common.plain(cfg.train), "betas": tuple(cfg.train.betas)})
     last: dict[str, Any] = {}
 
@@ -37,8 +38,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     trainer = Trainer(planner, data, folder, settings, config=config, val=val, rollout=rollout)
     if cfg.resume:
         trainer.resume()
-    else:
-        common.write_start(folder, cfg)  # only now: a refused configuration leaves no folder behind
+    common.write_start(folder, OmegaConf.create({**cfg, "resume": False}))  # only now: a refused configuration leaves no folder behind
     console.print(f"{folder}: {len(data.episodes)} episodes, {len(data)} windows, {sum(p.numel() for p in planner.parameters()) / 1e6:.2f} M parameters, "
                   f"{device}, {'bf16' if trainer.bf16 else 'fp32'}", highlight=False)
     with Log(folder, config={**config, "train": common.plain(cfg.train), "versions": checkpoint.versions()}, resume_at=trainer.step, **cfg.log) as log:

@@ -16,6 +16,8 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from scripts.cli import missing
+
 FULL = "HYDRA_FULL_ERROR"
 MISTAKES = (ValueError, KeyError, OSError, NotImplementedError, HydraException, OmegaConfBaseException)
 
@@ -29,6 +31,10 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], Non
         def quiet(cfg: DictConfig) -> None:
             try:
                 main(cfg)
+            except ImportError as e:
+                if not (line := missing(e.name)):
+                    raise
+                raise SystemExit(f"dipole {name} needs {e.name}, which is not installed: {line}") from None
             except MISTAKES as e:
                 if not (text := told(e, name)):
                     raise
@@ -42,7 +48,9 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], Non
             try:
                 compose(quiet)()
             except HydraException as e:
-                raise SystemExit(f"error: {told(e, name)}") from None
+                if not (text := told(e, name)):
+                    raise
+                raise SystemExit(f"error: {text}") from None
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
             finally:
@@ -55,7 +63,9 @@ def told(e: BaseException, name: str) -> str:
     """What to tell the user of verb `name` about a mistake; '' when it is a bug after all."""
     if isinstance(e, InstantiationException) and e.__cause__ is not None:  # a class refused its arguments
         cause = e.__cause__
-        return told(cause, name) if isinstance(cause, MISTAKES) else first_lines(e) if isinstance(cause, TypeError) else ""
+        if isinstance(cause, ImportError) and (line := missing(cause.name)):
+            return f"{cause.name} is not installed: {line}"
+        return told(cause, name) if isinstance(cause, MISTAKES) else first_lines(e) if isinstance(cause, TypeError | ImportError | AttributeError) else ""
     if isinstance(e, MissingMandatoryValue):
         return f"{e.full_key} has no value: add {e.full_key}=…; `dipole {name} --help` shows commands"
     if unknown := re.match(r"Could not override '([^']+)'", str(e)):
@@ -72,6 +82,8 @@ def first_lines(e: BaseException) -> str:
 
 def no_setting(key: str, name: str) -> str:
     """The settings closest to a misspelt one."""
+    if key == "do":
+        return f"`dipole {name}` takes settings only, written key=value; `dipole {name} --help` shows commands"
     GlobalHydra.instance().clear()
     with hydra.initialize_config_module("conf", version_base=None):
         plain: Any = OmegaConf.to_container(hydra.compose(name, return_hydra_config=True))

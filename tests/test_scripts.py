@@ -127,14 +127,15 @@ def test_eval_leaves_metrics_and_a_report_and_its_command_does_it_again(shell, r
 
 
 @pytest.mark.parametrize("overrides, folder, calls", [
-    (["sampler=heun"], "policy-heun-10", "heun"),
-    (["sampler=ddpm", "sampler.steps=8"], "policy-first_order-eta1.0-8", "first_order"),
-    (["sampler=diffusers", "sampler.fn.name=UniPCMultistep", "sampler.steps=6", "control.execute=4"], "policy-UniPCMultistep-6", "scheduler"),
+    (["sampler=heun"], "policy-*sampler=heun", "heun"),
+    (["sampler=ddpm", "sampler.steps=8"], "policy-*sampler.steps=8-sampler=ddpm", "first_order"),
+    (["sampler=diffusers", "sampler.fn.name=UniPCMultistep", "sampler.steps=6", "control.execute=4"], "policy-*UniPCMultistep*", "scheduler"),
 ])
 def test_eval_draws_plans_in_other_ways(shell, run, overrides, folder, calls):
     done = shell("eval", "run=run", *overrides, *SHORT)
     assert done.code == 0, done.err
-    found = metrics(shell, f"run/eval/{folder}")
+    written, = (shell.folder / "run" / "eval").glob(folder)  # each evaluation has a folder of its own
+    found = metrics(shell, f"run/eval/{written.name}")
     assert found["sampler"]["fn"]["_target_"].endswith(calls)
     execute = found["control"]["execute"]
     assert execute == (4 if "control.execute=4" in overrides else 8) and found["plans"] == 16 // execute
@@ -245,3 +246,33 @@ def test_collect_stores_every_demonstration(tmp_path):
     from envs.gantry import Gantry
     from scripts.collect import collect
     assert collect(Gantry(), tmp_path / "d.zarr", episodes=60, seed=10_000, noise=None).episodes == 60
+
+
+@pytest.mark.parametrize("command, says", [
+    (["eval", "run=run", "schedule=vp"], ["schedule cannot change after training", "sampler"]),
+    (["eval", "run=run", "horizon=8"], ["horizon cannot change"]),
+    (["train", "run=run", "resume=true", "denoiser.target=eps"], ["another denoiser", "start a new run"]),
+    (["train", "run=run", "resume=true", "net.widths=[64,128]"], ["another net"]),
+    (["train", "run=bad", "data.path=demos.zarr", "train.batch=0"], ["train.batch=0"]),
+    (["train", "run=bad", "data.path=demos.zarr", "train.log=0"], ["train.log=0"]),
+    (["train", "run=bad", "data.path=demos.zarr", "train.steps=-2"], ["train.steps=-2"]),
+    (["train", "run=bad", "data.path=demos.zarr", "device=quantum"], ["device=quantum", "device=auto"]),
+    (["train", "run=bad", "data.path=demos.zarr", "env=pusht"], ["not a recording of pusht", "hand", "env=none"]),
+    (["eval", "run=run", "episodes=0"], ["episodes=0"]),
+    (["eval", "run=run", "sampler.steps=abc"], ["sampling steps"]),
+    (["eval", "run=run", "env._target_=envs.nope.X"], ["envs.nope.X"]),
+    (["eval", "run=run", "env._target_=envs.render.mujoco.MjModel"], ["trusted"]),
+    (["eval", "there"], ["written key=value"])])
+def test_what_would_be_ignored_or_break_later_is_refused_now(shell, run, command, says):
+    done = shell(*command)
+    assert done.code == 1 and "Traceback" not in done.err
+    assert all(word in done.err for word in says), done.err
+    assert not (shell.folder / "bad" / "config.yaml").exists()
+
+
+def test_a_resumed_run_remembers_its_new_length_and_paths_may_be_unicode(shell, run):
+    assert shell("train", "data.path=demos.zarr", "run=rün", "train.steps=2", *TINY).code == 0
+    assert shell("train", "run=rün", "resume=true", "train.steps=4").code == 0
+    assert "steps: 4" in (shell.folder / "rün" / "config.yaml").read_text()
+    done = shell("train", "run=rün", "resume=true")
+    assert done.code == 0 and "trained 4 steps" in done.out, done.err

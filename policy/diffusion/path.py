@@ -134,8 +134,8 @@ def grid(path: Path, steps: int, spacing: str = "trailing") -> list[float]:
     trailing: evenly spaced, starting at the noisiest time.   leading: skips the noisiest times, as published DDIM numbers do
     (RECIPES: "leading" starts at tau = .91 for 10 of 100 steps although x is pure noise).   On a Table the times are its own entries.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"sampling steps must be a whole number from 1, got {steps!r}")
     k = len(path.alphas_cumprod) if isinstance(path, Table) else None
     if k and steps > k:
         raise ValueError(f"{steps} sampling steps on a table of {k} training steps; use at most {k}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +22,7 @@ from policy.diffusion.denoiser import Denoiser
 from policy.planner import Guide, Planner
 from policy.types import Spec
 
+OURS = ("policy.nets", "policy.diffusion")  # where a checkpoint's classes and functions may be defined
 PACKAGES = ("dipole", "torch", "numpy", "zarr", "mujoco", "gymnasium", "diffusers", "safetensors", "hydra-core", "wandb")
 
 
@@ -46,7 +47,8 @@ def write(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None
         with open(part, "rb") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
-        path.with_suffix(".json").write_text(text)
+        part.write_text(text)
+        os.replace(part, path.with_suffix(".json"))
     except (OSError, SafetensorError) as e:
         part.unlink(missing_ok=True)
         kept = f"the previous {path.name} is intact" if path.exists() else "no checkpoint was written"
@@ -72,25 +74,26 @@ def read(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, 
 def build(config: dict[str, Any], spec: Spec, normalizer: Normalizer, *, trust: Sequence[str] = ()) -> Planner:
     """A planner from its configuration: nodes encoder, net, schedule, denoiser, sampler, guides, padding_loss.
 
-    Only classes of dipole are built, and of the packages named in `trust`: a checkpoint is data, it cannot name arbitrary code.
+    Only what policy.nets and policy.diffusion define is built, and what the packages named in `trust` do: a checkpoint is data, it cannot
+    name arbitrary code.
     """
-    _check_targets(config, ("policy", *trust))
+    check_targets(config, (*OURS, *trust))
     encoder = instantiate(config["encoder"], obs=dict(spec.obs), t_obs=spec.t_obs)
     net = instantiate(config["net"], action_dim=spec.action_dim, cond_dim=encoder.tokens * encoder.dim)
     denoiser = Denoiser(net, instantiate(config["schedule"]), **config["denoiser"])
-    return Planner(spec, normalizer, encoder, denoiser, guides=guides(config.get("guides")), padding_loss=config.get("padding_loss", False),
-                   obs_noise=config.get("obs_noise", 0.0), **sampling(config["sampler"]))
+    return Planner(spec, normalizer, encoder, denoiser, guides=guides(config.get("guides"), trust), padding_loss=config.get("padding_loss", False),
+                   obs_noise=config.get("obs_noise", 0.0), **sampling(config["sampler"], trust))
 
 
-def guides(config: dict[str, Any] | None) -> list[Guide]:
+def guides(config: dict[str, Any] | None, trust: Sequence[str] = ()) -> list[Guide]:
     """conf/guide/*.yaml -> guides in their order."""
-    _check_targets(config, ("policy",))
+    check_targets(config, (*OURS, *trust))
     return [instantiate(g) for g in (config or {}).values()]
 
 
-def sampling(config: dict[str, Any]) -> dict[str, Any]:
+def sampling(config: dict[str, Any], trust: Sequence[str] = ()) -> dict[str, Any]:
     """conf/sampler/*.yaml -> the keyword arguments sampler, steps, spacing of a Planner."""
-    _check_targets(config, ("policy",))
+    check_targets(config, (*OURS, *trust))
     return {"sampler": instantiate(config["fn"]), "steps": config["steps"], "spacing": config.get("spacing", "trailing")}
 
 
@@ -103,20 +106,37 @@ def load(run: str | Path, checkpoint: str = "policy", *, device: str = "cpu", tr
     return planner.to(device).eval().requires_grad_(False), facts
 
 
-def _check_targets(node: Any, allowed: Sequence[str]) -> None:
+def check_targets(node: Any, allowed: Sequence[str]) -> None:
+    """ValueError when a `_target_` anywhere in node is not defined in one of the allowed packages; nothing is called to find out."""
     if isinstance(node, dict):
-        target = str(node.get("_target_", allowed[0]))
-        if target.split(".")[0] not in allowed:
-            raise ValueError(f"the configuration wants to run {target!r}; only {', '.join(allowed)} is trusted. "
-                             f"If you wrote that package: trust=[{target.split('.')[0]}]")
+        if "_target_" in node:
+            _check_target(str(node["_target_"]), allowed)
         node = list(node.values())
     if isinstance(node, list):
         for child in node:
-            _check_targets(child, allowed)
+            check_targets(child, allowed)
+
+
+def _check_target(target: str, allowed: Sequence[str]) -> None:
+    inside = tuple(f"{package}." for package in allowed)
+    home = ""
+    if target.startswith(inside):  # only then is anything imported
+        try:
+            # a name can lead out again (policy.nets.blocks.torch.load): what counts is where the thing was defined
+            home = f"{getattr(get_object(target), '__module__', '')}."
+        except Exception as e:
+            raise ValueError(f"the configuration names {target!r}, which does not import: {e}") from e
+    if not home.startswith(inside):
+        raise ValueError(f"the configuration wants to run {target!r}; only what {', '.join(allowed)} define is trusted. "
+                         f"If that code is yours: trust=[{target.split('.')[0]}]")
 
 
 def pick_device(device: str) -> torch.device:
-    """"auto" is the GPU where there is one."""
+    """"auto" is the GPU where there is one. ValueError when the device is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch raises either
+        raise ValueError(f"device={device} cannot be used here: {str(e).splitlines()[0]}. Use device=auto or device=cpu") from e
     return torch.device(device)

@@ -48,6 +48,15 @@ class Settings:
     save: int = 1000
     eval: int = 0
 
+    def __post_init__(self) -> None:
+        low = {"steps": 1, "batch": 1, "log": 1, "warmup": 0, "save": 0, "eval": 0}
+        wrong = [f"train.{k}={getattr(self, k)!r} must be a whole number from {least}" for k, least in low.items()
+                 if not isinstance(getattr(self, k), int) or getattr(self, k) < least]
+        wrong += [f"train.{k}={getattr(self, k)!r} must be a number" for k in ("lr", "weight_decay", "grad_clip", "ema_limit", "ema_power")
+                  if not isinstance(getattr(self, k), int | float)]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
 
 def lr_scale(step: int, settings: Settings) -> float:
     """Factor on the peak learning rate at 0-based `step`. Oracle: diffusers.get_scheduler("cosine")."""
@@ -195,6 +204,10 @@ class Trainer:
         if facts["windows"] != len(self.data):
             raise ValueError(f"the run was trained on {facts['windows']} windows, this dataset has {len(self.data)}: resuming would not continue it. "
                              "Point data.path at the same dataset, or start a new run")
+        learned = [k for k in ("encoder", "net", "schedule", "denoiser", "padding_loss", "obs_noise") if facts["planner"].get(k) != self.config.get(k)]
+        if learned:
+            raise ValueError(f"the run was trained with another {', '.join(learned)}: {({k: facts['planner'].get(k) for k in learned})}. "
+                             "A resumed run keeps what is learned; start a new run for another one")
         fixed = ("batch", "seed", "steps", "lr", "warmup", "betas", "weight_decay")
         changed = [f"{k}: {facts['settings'][k]} -> {getattr(self.settings, k)}" for k in fixed
                    if k in facts["settings"] and _plain(facts["settings"][k]) != _plain(getattr(self.settings, k))]
@@ -227,7 +240,8 @@ class Trainer:
         path = self.folder / f"not_finite_step_{step}.safetensors"
         save_file({**{f"obs/{k}": v.cpu().contiguous() for k, v in batch.obs.items()}, "action": batch.action.cpu().contiguous(),
                    "valid": batch.valid.cpu().contiguous()}, path)
-        raise NotFinite(f"the loss is not finite at step {step}; its batch is in {path}, and checkpoints/last is from before it. "
+        kept = "checkpoints/last is from before it" if (self.folder / "checkpoints" / "last.safetensors").exists() else "nothing was saved yet"
+        raise NotFinite(f"the loss is not finite at step {step}; its batch is in {path}, and {kept}. "
                         "Look at the batch; if the data is sound, lower train.lr or set train.precision=fp32")
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
