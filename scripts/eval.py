@@ -1,5 +1,6 @@
 """Roll a trained planner out on distinct seeds: dipole eval run=outputs/gantry episodes=100 sampler=heun."""
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     metrics = common.rollout(planner, cfg, out, episodes=cfg.episodes, seed=cfg.seed, copies=cfg.copies, videos=cfg.videos,
                              extra={"run": str(folder), "checkpoint": cfg.checkpoint, "step": facts["step"], "cpu_s": facts["cpu_s"]})
     common.write_start(out, cfg)
+    if (folder / "train.jsonl").exists():
+        shutil.copyfile(folder / "train.jsonl", out / "train.jsonl")  # the page shows how the policy came about
     common.finish(out, common.result_line(metrics))
     return metrics
 

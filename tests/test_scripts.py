@@ -136,6 +136,7 @@ def test_eval_draws_plans_in_other_ways(shell, run, overrides, folder, calls):
     assert done.code == 0, done.err
     written, = (shell.folder / "run" / "eval").glob(folder)  # each evaluation has a folder of its own
     found = metrics(shell, f"run/eval/{written.name}")
+    assert (written / "train.jsonl").read_text() == (shell.folder / "run" / "train.jsonl").read_text()  # for the curves of its page
     assert found["sampler"]["fn"]["_target_"].endswith(calls)
     execute = found["control"]["execute"]
     assert execute == (4 if "control.execute=4" in overrides else 8) and found["plans"] == 16 // execute
