@@ -37,6 +37,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
+ENV.pop("HYDRA_FULL_ERROR", None)  # what a user sees, whoever runs the tests
 TINY = ["train.batch=8", "train.warmup=1", "net.widths=[8,16]", "net.groups=4", "net.time_dim=16", "log.wandb=disabled", "train.precision=fp32"]
 SHORT = ["+env.max_steps=16", "episodes=3", "videos=0"]
 
