@@ -6,6 +6,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from policy.data.normalize import Normalizer
+from policy.data.store import Store
 from policy.planner import Planner
 from policy.train import checkpoint
 from policy.train.log import Log, console
@@ -48,7 +49,6 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
 
 
 def spec_of(cfg: DictConfig, shapes: dict[str, tuple[int, ...]]) -> Spec:
-    from policy.data.store import Store
     store = Store.open(cfg.data.path)
     task = cfg.env["_target_"].rsplit(".", 1)[-1] if "_target_" in cfg.env else str(store.attrs.get("task") or Path(cfg.data.path).stem)
     return Spec(obs={k: s for k, s in shapes.items() if k != "action"}, action_dim=shapes["action"][0], t_obs=cfg.t_obs, horizon=cfg.horizon,

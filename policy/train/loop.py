@@ -1,6 +1,7 @@
 """The training loop. Everything random in step n is a function of (seed, n), so a run can stop anywhere and go on bit for bit."""
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -281,5 +282,4 @@ def _plain(x: Any) -> Any:
 
 
 def _main_thread() -> bool:
-    import threading
     return threading.current_thread() is threading.main_thread()
