@@ -16,6 +16,7 @@ from typing import Literal
 import gymnasium
 import numpy as np
 
+from envs.arrays import Array, like, namespace
 from envs.overlap import overlap
 from envs.task import Obs, Outcome, State, Task, box
 
@@ -70,60 +71,67 @@ class PushT(Task):
         rng = np.random.RandomState(seed)
         agent, block = rng.randint(50, 450, size=2), rng.randint(100, 400, size=2)
         angle = rng.randn() * 2 * np.pi - np.pi
-        origin = _origin(block + [0.0, CENTRE_OF_MASS], angle)
+        origin = block + [0.0, CENTRE_OF_MASS] - _stem(np.asarray(angle))
         return self.state(np.array([*agent, *origin, angle]))
 
     def state(self, vector: np.ndarray, *, velocity: np.ndarray | float = 0.0) -> State:
         """The state of vector (..., 5) = agent xy, block xy [px], angle [rad], the finger moving at velocity (..., 2) px/s."""
         vector = np.asarray(vector, np.float64)
-        qpos = np.concatenate([_flip(vector[..., :2]), _flip(_centre(vector[..., 2:])), -vector[..., 4:]], axis=-1)
+        qpos = np.concatenate([_flip(vector[..., :2]), _flip(vector[..., 2:4] + _stem(vector[..., 4])), -vector[..., 4:]], axis=-1)
         qvel = np.zeros_like(qpos)
         qvel[..., :2] = _flip(np.asarray(velocity) * np.ones(2))
         return State(qpos, qvel, np.empty((*qpos.shape[:-1], 0, 3)))
 
-    def vector(self, state: State) -> np.ndarray:
+    def vector(self, state: State) -> Array:
         """The inverse of `state`: (..., 5) px and rad, the angle not wrapped."""
         angle = -state.qpos[..., 4:]
-        origin = _origin(_unflip(state.qpos[..., 2:4]), angle[..., 0])
-        return np.concatenate([_unflip(state.qpos[..., :2]), origin, angle], axis=-1)
+        origin = _unflip(state.qpos[..., 2:4]) - _stem(angle[..., 0])
+        return namespace(angle).concat([_unflip(state.qpos[..., :2]), origin, angle], axis=-1)
 
-    def control(self, action: np.ndarray) -> np.ndarray:
-        return _flip(np.clip(action, self.action_space.low, self.action_space.high))
+    def control(self, action: Array) -> Array:
+        xp, space = namespace(action), self.action_space
+        return _flip(xp.minimum(xp.maximum(action, like(space.low, action)), like(space.high, action)))
 
     def observe(self, state: State) -> Obs:
         vector = self.vector(state)
+        xp = namespace(vector)
         if self.obs == "state":
-            vector[..., 4] %= 2 * np.pi
-            return {"state": vector.astype(np.float32)}
+            return {"state": xp.astype(xp.concat([vector[..., :4], vector[..., 4:] % (2 * np.pi)], axis=-1), xp.float32)}
         keypoint = to_world(KEYPOINTS, vector[..., 2:])
-        return {"keypoint": keypoint.astype(np.float32), "agent_pos": vector[..., :2].astype(np.float32)}
+        return {"keypoint": xp.astype(keypoint, xp.float32), "agent_pos": xp.astype(vector[..., :2], xp.float32)}
 
     def outcome(self, state: State) -> Outcome:
         covered = coverage(self.vector(state)[..., 2:])
-        reward = np.clip(covered / self.success_coverage, 0.0, 1.0)
+        xp = namespace(covered)
+        reward = xp.maximum(xp.minimum(covered / self.success_coverage, 1.0), 0.0)
         return Outcome(reward, covered > self.success_coverage, {"coverage": covered})
 
     def mjcf(self) -> str:
         return _mjcf()
 
 
-def to_world(points: np.ndarray, pose: np.ndarray) -> np.ndarray:
+def to_world(points: np.ndarray, pose: Array) -> Array:
     """Points (k, 2) of the block frame at poses (..., 3), as (..., k, 2) px."""
-    cos, sin = np.cos(pose[..., 2, None]), np.sin(pose[..., 2, None])
+    xp, points = namespace(pose), like(points, pose)
+    cos, sin = xp.cos(pose[..., 2, None]), xp.sin(pose[..., 2, None])
     x = cos * points[:, 0] - sin * points[:, 1] + pose[..., 0, None]
     y = sin * points[:, 0] + cos * points[:, 1] + pose[..., 1, None]
-    return np.stack([x, y], axis=-1)
+    return xp.stack([x, y], axis=-1)
 
 
-def coverage(pose: np.ndarray) -> np.ndarray:
-    """The share (...) of the goal T that the block at pose (..., 3) covers: exact, 0 where they are apart."""
-    block = to_world(_CORNERS, pose).reshape(*pose.shape[:-1], 2, 4, 2)
-    gap = np.linalg.norm(block.mean(-2)[..., :, None, :] - _GOAL_BARS.mean(-2), axis=-1)  # (..., 2, 2) between bar centres
-    near = gap < _RADII[:, None] + _RADII  # elsewhere the bars' circumscribed circles are apart
-    *where, i, j = np.nonzero(near)
-    shared = np.zeros(near.shape)
-    shared[near] = overlap(block[(*where, i)] - GOAL[:2], _GOAL_BARS[j] - GOAL[:2])
-    return shared.sum((-2, -1)) / GOAL_AREA
+def coverage(pose: Array) -> Array:
+    """The share (...) of the goal T that the block at pose (..., 3) covers: exact, 0 where they are apart; float64 whatever comes in."""
+    xp = namespace(pose)
+    pose = xp.astype(pose, xp.float64)
+    goal, centre, radii = like(_GOAL_BARS, pose), like(GOAL[:2], pose), like(_RADII, pose)
+    block = xp.reshape(to_world(_CORNERS, pose), (*pose.shape[:-1], 2, 4, 2))
+    apart = xp.mean(block, axis=-2)[..., :, None, :] - xp.mean(goal, axis=-2)  # (..., 2, 2, 2) between bar centres
+    near = xp.linalg.vector_norm(apart, axis=-1) < radii[:, None] + radii  # elsewhere the bars' circumscribed circles are apart
+    *where, i, j = xp.nonzero(near)
+    shared = xp.zeros_like(apart[..., 0])
+    if i.shape[0]:
+        shared[near] = overlap(block[(*where, i)] - centre, goal[j] - centre)
+    return xp.sum(shared, axis=(-2, -1)) / GOAL_AREA
 
 
 _CORNERS = np.array([[(x0, y0), (x1, y0), (x1, y1), (x0, y1)] for x0, y0, x1, y1 in BARS]).reshape(8, 2)
@@ -131,27 +139,19 @@ _GOAL_BARS = to_world(_CORNERS, GOAL).reshape(2, 4, 2)
 _RADII = np.hypot(BARS[:, 2] - BARS[:, 0], BARS[:, 3] - BARS[:, 1]) / 2
 
 
-def _flip(px: np.ndarray) -> np.ndarray:
+def _flip(px: Array) -> Array:
     """px, y down -> m, y up."""
-    return px * [METRES, -METRES]
+    return px * like([METRES, -METRES], px)
 
 
-def _unflip(metres: np.ndarray) -> np.ndarray:
-    return metres / [METRES, -METRES]
+def _unflip(metres: Array) -> Array:
+    return metres / like([METRES, -METRES], metres)
 
 
-def _centre(pose: np.ndarray) -> np.ndarray:
-    """The centre of mass (..., 2) of the block at pose (..., 3), px."""
-    return pose[..., :2] + _stem(pose[..., 2])
-
-
-def _origin(centre: np.ndarray, angle: np.ndarray | float) -> np.ndarray:
-    return centre - _stem(angle)
-
-
-def _stem(angle: np.ndarray | float) -> np.ndarray:
+def _stem(angle: Array) -> Array:
     """From the block's origin to its centre of mass, (..., 2) px."""
-    return CENTRE_OF_MASS * np.stack([-np.sin(angle), np.cos(angle)], axis=-1)
+    xp = namespace(angle)
+    return CENTRE_OF_MASS * xp.stack([-xp.sin(angle), xp.cos(angle)], axis=-1)
 
 
 def _mjcf() -> str:
