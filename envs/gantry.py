@@ -9,6 +9,7 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 
+from envs.arrays import Array, like, namespace
 from envs.task import Obs, Outcome, State, Task, box
 
 REACH = 0.22  # m, of the hand in x and y
@@ -59,28 +60,32 @@ class Gantry(Task):
                 if np.abs([pillar + side, pillar - side]).max() < REACH - 0.01 and _clearance(hand, cube, pillar) > 0.11:
                     return cube, goal, hand, pillar
 
-    def control(self, action: np.ndarray) -> np.ndarray:
-        return np.clip(action, self.action_space.low, self.action_space.high)[..., [0, 1, 2, 3, 3]]
+    def control(self, action: Array) -> Array:
+        xp, space = namespace(action), self.action_space
+        within = xp.minimum(xp.maximum(action, like(space.low, action)), like(space.high, action))
+        return within[..., [0, 1, 2, 3, 3]]
 
     def observe(self, state: State) -> Obs:
+        xp = namespace(state.qpos)
         hand, cube, goal = state.qpos[..., :3], state.qpos[..., 5:8], state.mocap_pos[..., 0, :2]
         obs = {
             "hand": hand,
             "cube": cube,
             "cube_from_hand": cube - hand,
-            "opening": state.qpos[..., 3:5].sum(-1, keepdims=True),
+            "opening": state.qpos[..., 3:4] + state.qpos[..., 4:5],
             "goal": goal,
             "goal_from_cube": goal - cube[..., :2],
         }
         if self.pillar:
             obs["pillar"] = state.mocap_pos[..., 1, :2]
-        return {key: value.astype(np.float32) for key, value in obs.items()}
+        return {key: xp.astype(value, xp.float32) for key, value in obs.items()}
 
     def outcome(self, state: State) -> Outcome:
-        cube, opening = state.qpos[..., 5:8], state.qpos[..., 3:5].sum(-1)
-        distance = np.linalg.norm(cube[..., :2] - state.mocap_pos[..., 0, :2], axis=-1)
+        xp = namespace(state.qpos)
+        cube, opening = state.qpos[..., 5:8], state.qpos[..., 3] + state.qpos[..., 4]
+        distance = xp.linalg.vector_norm(cube[..., :2] - state.mocap_pos[..., 0, :2], axis=-1)
         success = (distance < 0.02) & (cube[..., 2] < 0.03) & (opening > 0.05)
-        return Outcome(success.astype(float), success, {"distance": distance})
+        return Outcome(xp.astype(success, xp.float64), success, {"distance": distance})
 
     def expert(self, n: int, seed: int) -> GantryExpert:
         return GantryExpert(self, n, seed)

@@ -21,6 +21,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from envs.arrays import Array, namespace
 from envs.task import Obs, Outcome, State, Task, TaskEnv, box
 
 # D4RL's maze2d-{umaze,medium,large}-v1: '#' is wall, '.' is free.
@@ -90,17 +91,20 @@ class Maze(Task):
         start, goal = self.middles[rng.choice(len(self.cells), 2, replace=False)] + rng.uniform(-JITTER, JITTER, (2, 2))
         return State(start, rng.normal(0, 0.1, 2), np.array([[*goal, 0.0]]))
 
-    def control(self, action: np.ndarray) -> np.ndarray:
-        return np.clip(action, -1, 1)
+    def control(self, action: Array) -> Array:
+        xp = namespace(action)
+        return xp.minimum(xp.maximum(action, -1.0), 1.0)
 
     def observe(self, state: State) -> Obs:
+        xp = namespace(state.qpos)
         obs = {"position": state.qpos, "velocity": state.qvel, "goal": state.mocap_pos[..., 0, :2]}
-        return {key: value.astype(np.float32) for key, value in obs.items()}
+        return {key: xp.astype(value, xp.float32) for key, value in obs.items()}
 
     def outcome(self, state: State) -> Outcome:
-        distance = np.linalg.norm(state.qpos - state.mocap_pos[..., 0, :2], axis=-1)
+        xp = namespace(state.qpos)
+        distance = xp.linalg.vector_norm(state.qpos - state.mocap_pos[..., 0, :2], axis=-1)
         success = distance <= SUCCESS
-        return Outcome(success.astype(float), success, {"distance": distance})
+        return Outcome(xp.astype(success, xp.float64), success, {"distance": distance})
 
     def expert(self, n: int, seed: int) -> MazeExpert:
         return MazeExpert(self, n, seed)
