@@ -2,105 +2,38 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
-import gymnasium
+import mujoco
 import numpy as np
-from gymnasium.vector.utils import batch_space
 
 from envs import render
 from envs.simulator import Simulator, State
-from envs.task import Obs, Task, check_actions
+from envs.task import Task
+from envs.vector import ELAPSED, REWARD, STILL, SUCCESS, TERMINATED, TRUNCATED, ChunkEnv, Fault, Faults, Rows, earliest, first_bad
 
-Rows = dict[str, np.ndarray]
 
+class BatchEnv(ChunkEnv):
+    """n worlds of a task. Equal seeds and actions give states bit-equal to TaskEnv's, whatever the threads.
 
-class BatchEnv(gymnasium.vector.VectorEnv):
-    """n worlds of a task behind gymnasium's vector interface, plus step_chunk.
-
-    Never resets by itself: a finished env stands still, rewarded 0, until reset(options={"reset_mask": ...}) names it.
-    Equal seeds and actions give states bit-equal to TaskEnv's, whatever the threads.
+    options of reset: "state", a State (n, ...) to start from instead of seeds. info has qpos (n, t, nq) and mocap_pos
+    (n, t, nmocap, 3) too, for render_states. A world fails when MuJoCo finds it unstable or one of the task's functions raises or
+    gives a number that is not finite; a function that fails for a batch is asked again row by row, so that only the culprit leaves.
     """
 
-    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED, "render_modes": []}
-
     def __init__(self, task: Task, num_envs: int, threads: int | None = None) -> None:
-        self.task, self.num_envs = task, num_envs
-        self.single_observation_space, self.single_action_space = task.observation_space, task.action_space
-        self.observation_space = batch_space(task.observation_space, num_envs)
-        self.action_space = batch_space(task.action_space, num_envs)
+        super().__init__(num_envs, task.observation_space, task.action_space)
+        self.task = task
         self._simulator = Simulator(task.model, num_envs, substeps=task.substeps, threads=threads)
-        self._now: Rows = {}  # where every env stands, (n, ...)
 
     @property
     def state(self) -> State:
         """The present states (n, ...)."""
         if not self._now:
-            raise RuntimeError("no episodes are running: call reset first")
-        return _state(self._now)
-
-    def reset(
-        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Obs, dict[str, Any]]:
-        """Start episodes: env i from task.reset(seed + i), or seed[i], or a random seed.
-
-        options: "reset_mask" (n,) bool restarts only those envs; "state" a State (n, ...) to start from instead of seeds.
-        """
-        options = options or {}
-        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
-        if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            raise ValueError(f"reset_mask is {mask.dtype} {mask.shape}, expected bool {(self.num_envs,)}")
-        if not self._now and not mask.all():
-            raise RuntimeError("the first reset starts every env: leave out reset_mask")
-        start = options.get("state") or State.stack([self.task.reset(each) for each in self._seeds(seed)])
-        if len(start.qpos) != self.num_envs:
-            raise ValueError(f"state has {len(start.qpos)} rows, expected {self.num_envs}")
-        envs = np.flatnonzero(mask)
-        self._simulator.write(envs, start[envs])
-        fresh = self._judge(start, np.zeros(self.num_envs, int))
-        kept = {key: value.copy() for key, value in (self._now or fresh).items()}
-        for key, value in kept.items():
-            value[envs] = fresh[key][envs]
-        self._now = kept
-        return self.task.observe(self.state), {key: value.copy() for key, value in _info(kept).items()}
-
-    def step(self, actions: np.ndarray) -> tuple[Obs, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One control step, actions (n, d): step_chunk without its time axis."""
-        obs, reward, terminated, truncated, info = self.step_chunk(np.asarray(actions)[:, None])
-        obs, info = ({key: value[:, 0] for key, value in arrays.items()} for arrays in (obs, info))
-        return obs, reward[:, 0], terminated[:, 0], truncated[:, 0], info
-
-    def step_chunk(
-        self, actions: np.ndarray, active: np.ndarray | None = None
-    ) -> tuple[Obs, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Run actions (n, t, d) open loop; obs {key: (n, t, ...)} and reward, terminated, truncated (n, t) after each step.
-
-        info: success and the task's metrics (n, t), qpos (n, t, nq) and mocap_pos (n, t, nmocap, 3) for render_states.
-        Rows after an episode's end repeat its last state with reward 0. Envs that ended earlier, or are not in
-        active (n,) bool, are not stepped, and any numbers will do as their actions.
-        """
-        if not self._now:
-            raise RuntimeError("no episodes are running: call reset first")
-        actions = np.asarray(actions)
-        t = actions.shape[1] if actions.ndim == 3 else 1
-        running = ~(self._now["terminated"] | self._now["truncated"])
-        envs = np.flatnonzero(running if active is None else running & active)
-        actions = check_actions(actions, (self.num_envs, t, *self.task.action_shape), envs)
-
-        rows = {key: np.repeat(value[:, None], t, axis=1) for key, value in self._now.items()}
-        rows["reward"][:] = 0.0
-        if envs.size:
-            elapsed = self._now["elapsed"][envs, None] + 1 + np.arange(t)
-            path = self._judge(self._simulator.run(envs, self.task.control(actions[envs])), elapsed)
-            over = path["terminated"] | path["truncated"]
-            last = np.where(over.any(axis=1), over.argmax(axis=1), t - 1)[:, None]  # the step an episode ends with
-            for key, value in path.items():
-                # The simulator has run on past the end; what it found there is dropped, and only a reset uses that world again.
-                rows[key][envs] = value[np.arange(envs.size)[:, None], np.minimum(np.arange(t), last)]
-            rows["reward"][envs] *= np.arange(t) <= last
-        self._now = {key: value[:, -1].copy() for key, value in rows.items()}
-        return self.task.observe(_state(rows)), rows["reward"], rows["terminated"], rows["truncated"], _info(rows)
+            raise RuntimeError(STILL)
+        return State(*(self._now[key] for key in (("info", "qpos"), ("state", "qvel"), ("info", "mocap_pos"))))
 
     def render_states(self, qpos: np.ndarray, mocap_pos: np.ndarray, size: int = 256) -> np.ndarray:
         """Frames (t, size, size, 3) uint8 of states (t, nq), (t, nmocap, 3) kept from info: videos of chosen episodes."""
@@ -110,36 +43,99 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         self._simulator.close()
         render.release()
 
-    def _seeds(self, seed: int | Sequence[int] | None) -> list[int]:
-        n = self.num_envs
-        if seed is None:
-            return self.np_random.integers(2**31, size=n).tolist()
-        if isinstance(seed, (int, np.integer)):
-            super().reset(seed=int(seed))
-            return [int(seed) + i for i in range(n)]
-        if len(seed) != n:
-            raise ValueError(f"{len(seed)} seeds for {n} envs: give one per env, or one integer for seed, seed + 1, ...")
-        return [int(each) for each in seed]
+    def _start(self, envs: np.ndarray, seeds: Sequence[int], options: dict[str, Any]) -> tuple[Rows, Faults]:
+        faults: dict[int, Fault] = {}
+        if (start := options.get("state")) is not None:
+            if len(start.qpos) != self.num_envs:
+                raise ValueError(f"state has {len(start.qpos)} rows, expected {self.num_envs}")
+            start = start[envs]
+        else:
+            states = []
+            for row, seed in enumerate(seeds):
+                try:
+                    states.append(_finite(self.task.reset(seed)))
+                except Exception:
+                    faults[row] = Fault(0, traceback.format_exc())
+                    states.append(self._rest())
+            start = State.stack(states)
+        self._simulator.write(envs, start)
+        rows, seen = self._look(start[:, None], np.zeros((envs.size, 1), int))
+        return {key: value[:, 0] for key, value in rows.items()}, {**seen, **faults}
+
+    def _advance(self, envs: np.ndarray, actions: np.ndarray) -> tuple[Rows, Faults]:
+        ctrl, faults = self._control(actions)
+        path = self._simulator.run(envs, ctrl)
+        stopped = {int(row): Fault(int(np.isnan(path.qpos[row]).any(-1).argmax()), self._simulator.why(int(envs[row])))
+                   for row in np.flatnonzero(np.isnan(path.qpos[:, -1]).any(-1))}  # fmt: skip
+        rows, seen = self._look(path, self._now[ELAPSED][envs, None] + 1 + np.arange(actions.shape[1]))
+        return rows, earliest(stopped, faults, seen)
+
+    def _control(self, actions: np.ndarray) -> tuple[np.ndarray, Faults]:
+        """The task's controls (m, t, nu); zeros where it gives none."""
+        faults: dict[int, Fault] = {}
+        try:
+            ctrl = self.task.control(actions)
+        except Exception:
+            ctrl = np.zeros((*actions.shape[:2], self.task.model.nu))
+            for row, action in enumerate(actions):
+                try:
+                    ctrl[row] = self.task.control(action)
+                except Exception:
+                    faults[row] = Fault(0, traceback.format_exc())
+        if bad := first_bad({("", "control"): ctrl}):
+            ctrl = np.nan_to_num(ctrl, posinf=0.0, neginf=0.0)
+        return ctrl, earliest(faults, bad)
+
+    def _look(self, state: State, elapsed: np.ndarray) -> tuple[Rows, Faults]:
+        """Everything known about states (m, t, ...) reached after elapsed (m, t) control steps (at 0 nothing has ended)."""
+        faults: Faults = {}
+        try:
+            rows = self._judge(state, elapsed)
+        except Exception:
+            rows, faults = self._judge_singly(state, elapsed)
+        return rows, earliest(faults, first_bad(rows))
 
     def _judge(self, state: State, elapsed: np.ndarray) -> Rows:
-        """Everything known about states reached after so many control steps (at 0 nothing has ended), by name."""
         outcome = self.task.outcome(state)
         return {
-            **outcome.metrics,
-            "qpos": state.qpos,
-            "qvel": state.qvel,
-            "mocap_pos": state.mocap_pos,
-            "reward": outcome.reward,
-            "success": outcome.success,
-            "elapsed": elapsed,
-            "terminated": outcome.success & (elapsed > 0),
-            "truncated": elapsed >= self.task.max_steps,
+            **{("obs", key): value for key, value in self.task.observe(state).items()},
+            **{("info", key): value for key, value in outcome.metrics.items()},
+            ("info", "qpos"): state.qpos,
+            ("state", "qvel"): state.qvel,
+            ("info", "mocap_pos"): state.mocap_pos,
+            REWARD: outcome.reward,
+            SUCCESS: outcome.success,
+            ELAPSED: elapsed,
+            TERMINATED: outcome.success & (elapsed > 0),
+            TRUNCATED: elapsed >= self.task.max_steps,
         }
 
+    def _judge_singly(self, state: State, elapsed: np.ndarray) -> tuple[Rows, Faults]:
+        """_judge for a task that raises on some of the states (m, t, ...); it raises still if even the model's own pose is too much."""
+        cells: dict[tuple[int, int], Rows] = {}
+        faults = {}
+        for row, k in np.ndindex(elapsed.shape):
+            if row not in faults:
+                one = slice(row, row + 1), slice(k, k + 1)
+                try:
+                    cells[row, k] = self._judge(state[one], elapsed[one])
+                except Exception:
+                    faults[row] = Fault(k, traceback.format_exc())
+        blank = next(iter(cells.values()), None) or self._judge(self._rest()[None, None], np.zeros((1, 1), int))
+        rows = {key: np.empty((*elapsed.shape, *value.shape[2:]), value.dtype) for key, value in blank.items()}
+        for row, k in np.ndindex(elapsed.shape):
+            for key, value in cells.get((row, k), blank).items():
+                rows[key][row, k] = value[0, 0]
+        return rows, faults
 
-def _state(rows: Rows) -> State:
-    return State(rows["qpos"], rows["qvel"], rows["mocap_pos"])
+    def _rest(self) -> State:
+        """The model's own pose: what stands where a seed gives nothing."""
+        data = mujoco.MjData(self.task.model)
+        return State(data.qpos, data.qvel, data.mocap_pos)
 
 
-def _info(rows: Rows) -> dict[str, np.ndarray]:
-    return {key: value for key, value in rows.items() if key not in ("reward", "terminated", "truncated", "qvel")}
+def _finite(state: State) -> State:
+    for name in ("qpos", "qvel", "mocap_pos"):
+        if not np.isfinite(value := getattr(state, name)).all():
+            raise ValueError(f"the task's reset gives a {name} that is not finite: {value}")
+    return state

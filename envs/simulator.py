@@ -10,6 +10,9 @@ from typing import Any
 import mujoco
 import numpy as np
 
+QPOS, QVEL, QACC = (int(w) for w in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC))
+BAD = {QPOS: "qpos", QVEL: "qvel", QACC: "qacc"}
+
 
 @dataclass(frozen=True)
 class State:
@@ -31,12 +34,16 @@ class State:
 
 
 class Simulator:
-    """n independent worlds of one model. A world keeps MuJoCo's solver warm start, so equal histories give bit-equal states."""
+    """n independent worlds of one model. A world keeps MuJoCo's solver warm start, so equal histories give bit-equal states.
+
+    A world that MuJoCo finds unstable, or stops at with an error, is NaN from that control step on until it is written again.
+    """
 
     def __init__(self, model: mujoco.MjModel, n: int, *, substeps: int, threads: int | None = None) -> None:
         self.model, self.substeps = model, substeps
         self.threads = max(1, min(n, threads or os.cpu_count() or 1))
         self._worlds = [mujoco.MjData(model) for _ in range(n)]
+        self._errors: dict[int, str] = {}
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def write(self, worlds: np.ndarray, state: State) -> None:
@@ -44,6 +51,7 @@ class Simulator:
         for row, world in enumerate(worlds):
             data = self._worlds[world]
             mujoco.mj_resetData(self.model, data)
+            self._errors.pop(int(world), None)
             data.qpos[:], data.qvel[:], data.mocap_pos[:] = state.qpos[row], state.qvel[row], state.mocap_pos[row]
             mujoco.mj_forward(self.model, data)
 
@@ -54,11 +62,7 @@ class Simulator:
 
         def work(rows: np.ndarray) -> None:
             for row in rows:
-                data = self._worlds[worlds[row]]
-                for k in range(t):
-                    data.ctrl[:] = ctrl[row, k]
-                    mujoco.mj_step(self.model, data, self.substeps)  # releases the GIL
-                    qpos[row, k], qvel[row, k] = data.qpos, data.qvel
+                self._drive(worlds[row], ctrl[row], qpos[row], qvel[row])
 
         if self._pool is None:
             work(np.arange(m))
@@ -66,6 +70,28 @@ class Simulator:
             list(self._pool.map(work, np.array_split(np.arange(m), self.threads)))
         mocap = np.stack([self._worlds[world].mocap_pos for world in worlds])
         return State(qpos, qvel, np.repeat(mocap[:, None], t, axis=1))
+
+    def _drive(self, world: int, ctrl: np.ndarray, qpos: np.ndarray, qvel: np.ndarray) -> None:
+        data = self._worlds[world]
+        warned = data.warning.number  # a view, zero since the last write
+        for k in range(len(ctrl)):
+            data.ctrl[:] = ctrl[k]
+            try:
+                mujoco.mj_step(self.model, data, self.substeps)  # releases the GIL
+            except mujoco.FatalError as error:
+                self._errors[world], warned[QACC] = str(error), 1
+            if warned[QPOS] or warned[QVEL] or warned[QACC]:  # MuJoCo has quietly put the world back into its first pose
+                qpos[k:] = qvel[k:] = np.nan
+                return
+            qpos[k], qvel[k] = data.qpos, data.qvel
+
+    def why(self, world: int) -> str:
+        """What made a world NaN."""
+        if world in self._errors:
+            return f"MuJoCo stopped: {self._errors[world]}"
+        warnings = self._worlds[world].warning
+        name, at = next((name, warnings[i].lastinfo) for i, name in BAD.items() if warnings[i].number)
+        return f"the simulation is unstable: MuJoCo found a NaN, infinite or huge value in {name}, degree of freedom {at}"
 
     def close(self) -> None:
         if self._pool is not None:
