@@ -9,7 +9,7 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 
-from envs.arrays import Array, like, namespace
+from envs.arrays import Array, clip, namespace
 from envs.task import Obs, Outcome, State, Task, box
 
 REACH = 0.22  # m, of the hand in x and y
@@ -61,9 +61,7 @@ class Gantry(Task):
                     return cube, goal, hand, pillar
 
     def control(self, action: Array) -> Array:
-        xp, space = namespace(action), self.action_space
-        within = xp.minimum(xp.maximum(action, like(space.low, action)), like(space.high, action))
-        return within[..., [0, 1, 2, 3, 3]]
+        return clip(action, self.action_space.low, self.action_space.high)[..., [0, 1, 2, 3, 3]]
 
     def observe(self, state: State) -> Obs:
         xp = namespace(state.qpos)

@@ -21,7 +21,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from envs.arrays import Array, namespace
+from envs.arrays import Array, clip, namespace
 from envs.task import Obs, Outcome, State, Task, TaskEnv, box
 
 # D4RL's maze2d-{umaze,medium,large}-v1: '#' is wall, '.' is free.
@@ -92,8 +92,7 @@ class Maze(Task):
         return State(start, rng.normal(0, 0.1, 2), np.array([[*goal, 0.0]]))
 
     def control(self, action: Array) -> Array:
-        xp = namespace(action)
-        return xp.minimum(xp.maximum(action, -1.0), 1.0)
+        return clip(action, -1, 1)
 
     def observe(self, state: State) -> Obs:
         xp = namespace(state.qpos)

@@ -1,6 +1,6 @@
 """The exact area two convex polygons share, batched, on numpy or torch."""
 
-from envs.arrays import Array, namespace
+from envs.arrays import Array, clip, namespace
 
 
 def overlap(a: Array, b: Array) -> Array:
@@ -28,7 +28,7 @@ def _outline(a: Array, b: Array, *, boundary: bool) -> Array:
     # a's edge is start + s * along; b keeps enter <= s <= leave of it.
     enter = xp.max(xp.where(parallel, xp.where(inside, 0.0, 2.0), xp.where(slope > 0, cut, 0.0)), axis=-1)
     leave = xp.min(xp.where(parallel | (slope > 0), 1.0, cut), axis=-1)
-    kept = xp.maximum(xp.minimum(leave, 1.0) - xp.maximum(enter, 0.0), 0.0)
+    kept = clip(clip(leave, high=1.0) - clip(enter, low=0.0), low=0.0)
     return xp.sum(kept * _cross(start, along), axis=-1)
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import gymnasium
 import numpy as np
 
-from envs.arrays import Array, like, namespace
+from envs.arrays import Array, clip, like, namespace
 from envs.overlap import overlap
 from envs.task import Obs, Outcome, State, Task, box
 
@@ -89,8 +89,7 @@ class PushT(Task):
         return namespace(angle).concat([_unflip(state.qpos[..., :2]), origin, angle], axis=-1)
 
     def control(self, action: Array) -> Array:
-        xp, space = namespace(action), self.action_space
-        return _flip(xp.minimum(xp.maximum(action, like(space.low, action)), like(space.high, action)))
+        return _flip(clip(action, self.action_space.low, self.action_space.high))
 
     def observe(self, state: State) -> Obs:
         vector = self.vector(state)
@@ -102,8 +101,7 @@ class PushT(Task):
 
     def outcome(self, state: State) -> Outcome:
         covered = coverage(self.vector(state)[..., 2:])
-        xp = namespace(covered)
-        reward = xp.maximum(xp.minimum(covered / self.success_coverage, 1.0), 0.0)
+        reward = clip(covered / self.success_coverage, 0.0, 1.0)
         return Outcome(reward, covered > self.success_coverage, {"coverage": covered})
 
     def mjcf(self) -> str:
