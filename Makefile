@@ -19,7 +19,7 @@ install: $(STAMP) ## make .venv with the simulator, training and development too
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("dipole needs Python 3.11 or newer, this is %d.%d. Name one: make install PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[all,warp,dev]'
 	@touch $@
 
 demo: $(STAMP) ## from nothing to a moving robot: demonstrations, training, evaluation, report
