@@ -12,3 +12,4 @@ from gymnasium.envs.registration import register
 register("dipole/PushT-v0", entry_point="envs.task:make", kwargs={"task": "envs.pusht:PushT"})
 register("dipole/Gantry-v0", entry_point="envs.task:make", kwargs={"task": "envs.gantry:Gantry"})
 register("dipole/Maze-v0", entry_point="envs.maze:make")
+register("dipole/PandaPick-v0", entry_point="envs.task:make", kwargs={"task": "envs.panda:PandaPick"})
