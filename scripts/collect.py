@@ -1,26 +1,42 @@
 """Write demonstrations of a task's scripted expert to zarr: dipole collect env=gantry path=demos/gantry.zarr."""
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from policy.data.store import Store
 from policy.train.log import bar, console
+from scripts.common import plain
 from scripts.verb import verb
 
 
-def collect(task, path: Path, *, episodes: int, seed: int, noise: float | None) -> Store:
-    """Append-safe: an interrupted run leaves a store that opens with the episodes written so far."""
-    from envs.collect import demonstrations
-    task.expert(1, seed)  # a task without one says so before anything is written
-    schema = {**{k: (v.shape, v.dtype) for k, v in task.observation_space.spaces.items()}, "action": (task.action_space.shape, "float32")}
-    store = Store.create(path, schema, fps=task.fps, units=task.units, action_semantics=task.action_semantics,
-                         attrs={"task": task.name, "expert": "scripted", "first_seed": seed})
+def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, workers: int | None = None) -> Store:
+    """task: an envs.task.Task, or a function without arguments that makes one environment with an expert (envs.adapter.Adapter).
+
+    Append-safe: an interrupted run leaves a store that opens with the episodes written so far.
+    """
+    from envs.collect import demonstrations, from_env
+    from envs.task import Task
+    found: Iterator[dict[str, Any]]
+    if isinstance(task, Task):
+        facts, fps = task, task.fps
+        task.expert(1, seed)  # a task without one says so before anything is written
+        found = demonstrations(task, task.expert, episodes, seed=seed, noise=noise)
+    else:
+        facts = task()
+        fps = facts.metadata["render_fps"]
+        facts.expert(seed)
+        facts.close()
+        found = from_env(task, episodes, seed=seed, noise=noise, workers=workers)
+    schema = {**{k: (v.shape, v.dtype) for k, v in facts.observation_space.spaces.items()}, "action": (facts.action_space.shape, "float32")}
+    store = Store.create(path, schema, fps=fps, units=facts.units, action_semantics=facts.action_semantics,
+                         attrs={"task": facts.name, "expert": "scripted", "first_seed": seed})
     with bar() as progress:
         bar_task = progress.add_task("collect", total=episodes, note="")
-        found = demonstrations(task, task.expert, episodes, seed=seed, noise=noise)
         while chunk := [{k: v for k, v in e.items() if k != "seed"} for e in islice(found, 25)]:
             store.extend(chunk)
             progress.update(bar_task, completed=store.episodes, note=f"{store.steps} steps")
@@ -29,8 +45,11 @@ def collect(task, path: Path, *, episodes: int, seed: int, noise: float | None) 
 
 @verb("collect")
 def main(cfg: DictConfig) -> None:
+    if "_target_" not in cfg.env:
+        raise ValueError("env=none has no expert; name a task that has one: env=gantry, env=maze, env=metaworld")
+    noise = plain(cfg.noise) if isinstance(cfg.noise, list) else cfg.noise
     task, path, tick = instantiate(cfg.env), Path(cfg.path), time.perf_counter()
-    store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=cfg.noise)
+    store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=noise, workers=cfg.workers)
     console.print(f"[bold]{store.episodes} demonstrations, {store.steps} steps in {time.perf_counter() - tick:.1f} s[/]: {path}", highlight=False)
 
 
