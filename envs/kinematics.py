@@ -12,7 +12,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from envs.arrays import like, namespace
+from envs.arrays import clip, like, namespace
 
 JOINTS = {mujoco.mjtJoint.mjJNT_HINGE: "hinge", mujoco.mjtJoint.mjJNT_SLIDE: "slide"}
 
@@ -125,8 +125,8 @@ class Chain:
                 step = _least_squares(jacobian * free[..., None, :], error, drift * free, damping)
                 free = free * xp.astype((q + step > low) & (q + step < high), q.dtype)
             largest = xp.max(xp.abs(step), axis=-1, keepdims=True)
-            step = step * xp.clip(max_step / xp.clip(largest, min=1e-12), max=1.0)
-            q = xp.minimum(xp.maximum(q + step, low), high)
+            step = step * clip(max_step / clip(largest, 1e-12), high=1.0)
+            q = clip(q + step, low, high)
         return q
 
 
@@ -184,14 +184,14 @@ def rotation_vector(matrix: Any) -> Any:
     xp = namespace(matrix)
     q = quaternion(matrix)
     length = xp.linalg.vector_norm(q[..., 1:], axis=-1, keepdims=True)
-    return 2 * q[..., 1:] * xp.where(length > 1e-9, xp.atan2(length, q[..., :1]) / xp.clip(length, min=1e-9), 1.0 + 0 * length)
+    return 2 * q[..., 1:] * xp.where(length > 1e-9, xp.atan2(length, q[..., :1]) / clip(length, 1e-9), 1.0 + 0 * length)
 
 
 def from_rotation_vector(vector: Any) -> Any:
     """Axis times angle (..., 3) rad as unit quaternions (..., 4)."""
     xp = namespace(vector)
     angle = xp.linalg.vector_norm(vector, axis=-1, keepdims=True)
-    sine = xp.where(angle > 1e-9, xp.sin(angle / 2) / xp.clip(angle, min=1e-9), 0.5 + 0 * angle)
+    sine = xp.where(angle > 1e-9, xp.sin(angle / 2) / clip(angle, 1e-9), 0.5 + 0 * angle)
     return xp.concat([xp.cos(angle / 2), sine * vector], axis=-1)
 
 
@@ -200,8 +200,8 @@ def slerp(start: Any, end: Any, share: Any) -> Any:
     xp = namespace(start)
     cosine = xp.sum(start * end, axis=-1, keepdims=True)
     end, cosine = xp.where(cosine < 0, -end, end), xp.abs(cosine)
-    angle = xp.acos(xp.clip(cosine, max=1.0))
-    sine = xp.clip(xp.sin(angle), min=1e-6)
+    angle = xp.acos(clip(cosine, high=1.0))
+    sine = clip(xp.sin(angle), 1e-6)
     a = xp.where(angle > 1e-5, xp.sin((1 - share) * angle) / sine, 1 - share)
     b = xp.where(angle > 1e-5, xp.sin(share * angle) / sine, share)
     mixed = a * start + b * end

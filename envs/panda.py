@@ -13,7 +13,7 @@ import gymnasium
 import mujoco
 import numpy as np
 
-from envs.arrays import Array, like, namespace
+from envs.arrays import Array, clip, namespace
 from envs.kinematics import Chain, matrix
 from envs.task import Obs, Outcome, State, Task, box
 
@@ -60,8 +60,7 @@ class PandaPick(Task):
         return State(qpos, np.zeros(self.model.nv), np.array([[*goal, 0.0]]))
 
     def control(self, action: Array) -> Array:
-        xp = namespace(action)
-        return xp.minimum(xp.maximum(action, like(self.action_space.low, action)), like(self.action_space.high, action))
+        return clip(action, self.action_space.low, self.action_space.high)
 
     def observe(self, state: State) -> Obs:
         xp, qpos, goal = namespace(state.qpos), state.qpos, state.mocap_pos[..., 0, :2]

@@ -11,6 +11,7 @@ from scipy.spatial.transform import Rotation, Slerp
 from envs import kinematics
 from envs.gantry import Gantry
 from envs.kinematics import Chain
+from envs.panda import PandaPick
 
 # Every joint off its body's origin and twisted, two on one body, a reference position that is not zero, a slide in between, a site on top.
 CRANE = """
@@ -50,6 +51,7 @@ PLACES = [
     (crane, {"site": "hook"}),
     (crane, {"site": "hook", "offset": (0.1, 0.2, -0.3)}),
     (lambda: Gantry().model, {"body": "left", "offset": (0, 0, 0.02)}),
+    (lambda: PandaPick().model, {"site": "grip"}),
     (aloha, {"body": "vx300s_left/gripper_link"}),
     (aloha, {"body": "vx300s_right/right_finger_link", "offset": (0.02, 0, 0)}),
 ]
@@ -117,7 +119,7 @@ def test_places_that_do_not_work_say_why(place, message):
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
-@pytest.mark.parametrize(("build", "place"), [PLACES[1], PLACES[4]])
+@pytest.mark.parametrize(("build", "place"), [PLACES[1], PLACES[4], PLACES[5]])
 def test_solve_reaches_what_can_be_reached(build, place, kind):
     """From joints up to 0.5 rad away on each: to 1e-6 m and rad, within the limits, all but a few that run into them."""
     model = build()
