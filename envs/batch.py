@@ -10,9 +10,10 @@ import mujoco
 import numpy as np
 
 from envs import render
+from envs.rows import ELAPSED, REWARD, SUCCESS, TERMINATED, TRUNCATED, Fault, Faults, Rows, earliest, first_bad
 from envs.simulator import Simulator, State
 from envs.task import Task
-from envs.vector import ELAPSED, REWARD, STILL, SUCCESS, TERMINATED, TRUNCATED, ChunkEnv, Fault, Faults, Rows, earliest, first_bad
+from envs.vector import STILL, ChunkEnv
 
 
 class BatchEnv(ChunkEnv):
@@ -60,7 +61,7 @@ class BatchEnv(ChunkEnv):
             start = State.stack(states)
         self._simulator.write(envs, start)
         rows, seen = self._look(start[:, None], np.zeros((envs.size, 1), int))
-        return {key: value[:, 0] for key, value in rows.items()}, {**seen, **faults}
+        return {key: value[:, 0] for key, value in rows.items()}, _by_copy(envs, earliest(faults, seen))
 
     def _advance(self, envs: np.ndarray, actions: np.ndarray) -> tuple[Rows, Faults]:
         ctrl, faults = self._control(actions)
@@ -68,7 +69,7 @@ class BatchEnv(ChunkEnv):
         stopped = {int(row): Fault(int(np.isnan(path.qpos[row]).any(-1).argmax()), self._simulator.why(int(envs[row])))
                    for row in np.flatnonzero(np.isnan(path.qpos[:, -1]).any(-1))}  # fmt: skip
         rows, seen = self._look(path, self._now[ELAPSED][envs, None] + 1 + np.arange(actions.shape[1]))
-        return rows, earliest(stopped, faults, seen)
+        return rows, _by_copy(envs, earliest(stopped, faults, seen))
 
     def _control(self, actions: np.ndarray) -> tuple[np.ndarray, Faults]:
         """The task's controls (m, t, nu); zeros where it gives none."""
@@ -132,6 +133,10 @@ class BatchEnv(ChunkEnv):
         """The model's own pose: what stands where a seed gives nothing."""
         data = mujoco.MjData(self.task.model)
         return State(data.qpos, data.qvel, data.mocap_pos)
+
+
+def _by_copy(envs: np.ndarray, faults: Faults) -> Faults:
+    return {int(envs[row]): fault for row, fault in faults.items()}
 
 
 def _finite(state: State) -> State:

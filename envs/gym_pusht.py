@@ -6,12 +6,10 @@ The physics is the original's; starts, observations, reward and success are envs
 from __future__ import annotations
 
 import os
-from functools import partial
 from typing import Any, Literal
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from envs.pusht import CENTRE_OF_MASS, PushT, to_world
 from envs.task import Obs, check_actions
@@ -25,6 +23,9 @@ class GymPushT(gymnasium.Env):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}
+    name = "gym_pusht"
+    action_semantics = PushT.action_semantics
+    expert_noise = 0.0
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class GymPushT(gymnasium.Env):
             raise ValueError(f"render_mode {render_mode!r} is unknown: use 'rgb_array' or None")
         self.task, self.render_mode = PushT(obs=obs, success_coverage=success_coverage, max_steps=max_steps), render_mode
         self.observation_space, self.action_space = self.task.observation_space, self.task.action_space
+        self.units, self.max_steps = self.task.units, self.task.max_steps
         self._pymunk = _original()(render_mode="rgb_array", visualization_width=size, visualization_height=size)
         self._elapsed = -1
 
@@ -77,6 +79,9 @@ class GymPushT(gymnasium.Env):
     def render(self) -> np.ndarray | None:
         return None if self.render_mode is None else self._pymunk.render()
 
+    def expert(self, seed: int) -> Any:
+        raise NotImplementedError("gym-pusht has no scripted expert: train on the human demonstrations instead")
+
     def close(self) -> None:
         self._pymunk.close()
 
@@ -85,21 +90,6 @@ class GymPushT(gymnasium.Env):
         outcome = self.task.outcome(state)
         success = bool(outcome.success)
         return self.task.observe(state), float(outcome.reward), success, {"success": success, "coverage": float(outcome.metrics["coverage"])}
-
-
-class GymPushTVector(SyncVectorEnv):
-    """Copies of GymPushT, one after the other in this process.
-
-    A finished copy goes on with a random new episode at the next step (gymnasium's default) until it is reset with a seed:
-    with autoreset DISABLED, gymnasium refuses to step the others.
-    """
-
-    name = "gym_pusht"
-
-
-def vector(num_envs: int, **options: Any) -> GymPushTVector:
-    """num_envs copies; options are GymPushT's."""
-    return GymPushTVector([partial(GymPushT, **options)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
 
 
 def _original() -> Any:

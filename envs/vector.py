@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.vector.utils import batch_space
 
+from envs.rows import ELAPSED, REWARD, TERMINATED, TRUNCATED, Fault, Faults, Rows, named, put
 from envs.task import Obs, check_actions
 
-Rows = dict[tuple[str, str], np.ndarray]  # ("obs" | "info" | "", name) -> values; what is under "" and "state" is not in info
-REWARD, TERMINATED, TRUNCATED = ("", "reward"), ("", "terminated"), ("", "truncated")
-SUCCESS, ELAPSED = ("info", "success"), ("info", "elapsed")
-STILL = "an episode is not running: call reset first"
-
-
-class Fault(NamedTuple):
-    """Why a copy left its episode. step: the first of the call's control steps it did not do; text: usually a traceback."""
-
-    step: int
-    text: str
-
-
-Faults = Mapping[int, Fault]  # by row of the call
+STILL = "no episodes are running: call reset first"
 
 
 class ChunkEnv(gymnasium.vector.VectorEnv):
@@ -46,11 +34,11 @@ class ChunkEnv(gymnasium.vector.VectorEnv):
         self._seed: list[int | None] = [None] * num_envs
 
     def _start(self, envs: np.ndarray, seeds: Sequence[int], options: dict[str, Any]) -> tuple[Rows, Faults]:
-        """Begin episodes on copies envs (m,): rows (m, ...) of the starts."""
+        """Begin episodes on copies envs (m,): rows (m, ...) of the starts, faults by copy."""
         raise NotImplementedError
 
     def _advance(self, envs: np.ndarray, actions: np.ndarray) -> tuple[Rows, Faults]:
-        """Run actions (m, t, d) on copies envs (m,): rows (m, t, ...); those after an episode's end or a fault do not count."""
+        """Run actions (m, t, d) on copies envs (m,): rows (m, t, ...), of which those after an episode's end or a fault do not count."""
         raise NotImplementedError
 
     def reset(self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None) -> tuple[Obs, dict[str, Any]]:
@@ -67,15 +55,17 @@ class ChunkEnv(gymnasium.vector.VectorEnv):
         envs, seeds = np.flatnonzero(mask), self._seeds(seed)
         fresh, faults = self._start(envs, [seeds[i] for i in envs], options)
         now = {key: value.copy() for key, value in self._now.items()}
-        _put(now, envs, fresh, (self.num_envs,))
+        put(now, envs, fresh, (self.num_envs,))
         self._errors[envs] = None
-        for row, (_, text) in faults.items():
-            now[TRUNCATED][envs[row]], self._errors[envs[row]] = True, f"copy {envs[row]} (seed {seeds[envs[row]]}), reset: {text}"
         self._now = now
-        for i in envs:
-            self._seed[i] = seeds[i] if "state" not in options else None
+        for i in envs.tolist():
+            self._seed[i] = None if "state" in options else seeds[i]
+        for i, fault in faults.items():
+            now[TRUNCATED][i], self._errors[i] = True, f"{self._called(i)}, {'reset' if mask[i] else 'between steps'}: {fault.text}"
+            for value in named(now, "obs").values() if mask[i] else ():
+                value[i] = 0
         rows = {key: value.copy() for key, value in now.items()}
-        return _named(rows, "obs"), self._info(rows)
+        return named(rows, "obs"), self._info(rows)
 
     def step(self, actions: np.ndarray) -> tuple[Obs, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One control step, actions (n, d): step_chunk without its time axis."""
@@ -108,13 +98,14 @@ class ChunkEnv(gymnasium.vector.VectorEnv):
             last = np.where(over.any(axis=1), over.argmax(axis=1), t - 1)[:, None]  # the step an episode ends with
             index = np.arange(envs.size)[:, None], np.minimum(np.arange(t), last)
             # A simulator may have run on past the end; what it found there is dropped, and only a reset uses that copy again.
-            _put(rows, envs, {key: value[index] for key, value in path.items()}, (self.num_envs, t))
+            put(rows, envs, {key: value[index] for key, value in path.items()}, (self.num_envs, t))
             rows[REWARD][envs] *= np.arange(t) <= last
-            for row, fault in faults.items():
-                if fault.step <= last[row]:
-                    self._leave(rows, envs[row], fault)
+            end = dict(zip(envs.tolist(), last[:, 0].tolist(), strict=True))
+            for i, fault in faults.items():
+                if fault.step <= end.get(i, 0):
+                    self._leave(rows, i, fault)
         self._now = {key: value[:, -1].copy() for key, value in rows.items()}
-        return _named(rows, "obs"), rows[REWARD], rows[TERMINATED], rows[TRUNCATED], self._info(rows)
+        return named(rows, "obs"), rows[REWARD], rows[TERMINATED], rows[TRUNCATED], self._info(rows)
 
     def _leave(self, rows: Rows, i: int, fault: Fault) -> None:
         """Copy i has failed: from that step of rows (n, t, ...) on it stands where it last was, truncated."""
@@ -122,11 +113,13 @@ class ChunkEnv(gymnasium.vector.VectorEnv):
         for key, value in rows.items():
             value[i, k:] = value[i, k - 1] if k else self._now[key][i] if key in self._now else np.nan
         rows[REWARD][i, k:], rows[TRUNCATED][i, k:] = 0.0, True
-        seed = "" if self._seed[i] is None else f" (seed {self._seed[i]})"
-        self._errors[i] = f"copy {i}{seed}, control step {self._now[ELAPSED][i] + k + 1}: {fault.text}"
+        self._errors[i] = f"{self._called(i)}, control step {self._now[ELAPSED][i] + k + fault.late + 1}: {fault.text}"
+
+    def _called(self, i: int) -> str:
+        return f"copy {i}" if self._seed[i] is None else f"copy {i} (seed {self._seed[i]})"
 
     def _info(self, rows: Rows) -> dict[str, Any]:
-        return {**_named(rows, "info"), "error": self._errors.copy()}
+        return {**named(rows, "info"), "error": self._errors.copy()}
 
     def _seeds(self, seed: int | Sequence[int] | None) -> list[int]:
         n = self.num_envs
@@ -139,37 +132,3 @@ class ChunkEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"{len(seed)} seeds for {n} envs: give one per env, or one integer for seed, seed + 1, ...")
         return [int(each) for each in seed]
 
-
-def earliest(*faults: Faults) -> Faults:
-    """Of each row's faults the first."""
-    found: dict[int, Fault] = {}
-    for row, fault in (item for each in faults for item in each.items()):
-        if row not in found or fault.step < found[row].step:
-            found[row] = fault
-    return found
-
-
-def first_bad(rows: Rows) -> Faults:
-    """Rows (m, t, ...) in which an observation, the reward or the state is not finite, with the first such step."""
-    faults: Faults = {}
-    for (kind, name), value in rows.items():
-        if kind == "info" or value.dtype.kind != "f" or np.isfinite(value).all():
-            continue
-        bad = ~np.asarray(np.isfinite(value).all(axis=tuple(range(2, value.ndim))))
-        for row in np.flatnonzero(bad.any(axis=1)):
-            k, what = int(bad[row].argmax()), f"observation {name!r}" if kind == "obs" else name
-            text = f"{what} is not finite: {np.array2string(value[row, k], threshold=20)}"
-            faults = earliest(faults, {int(row): Fault(k, text)})
-    return faults
-
-
-def _named(rows: Rows, kind: str) -> dict[str, np.ndarray]:
-    return {name: value for (of, name), value in rows.items() if of == kind}
-
-
-def _put(into: Rows, envs: np.ndarray, rows: Rows, shape: tuple[int, ...]) -> None:
-    """Write rows (m, ...) at envs (m,); a value that was not there before is made, NaN for the others."""
-    for key, value in rows.items():
-        if key not in into:
-            into[key] = np.full((*shape, *value.shape[len(shape) :]), np.nan if value.dtype.kind == "f" else 0, value.dtype)
-        into[key][envs] = value

@@ -112,16 +112,25 @@ def check_task(cfg: DictConfig, spec: Spec) -> None:
 
 
 def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = ()):
-    """conf/env/*.yaml -> (name, control rate [Hz], vector environment). A node yields a task, or a function of the number of copies."""
+    """conf/env/*.yaml -> (name, control rate [Hz], vector environment).
+
+    A node yields a task; or what makes one gymnasium.Env (envs.copies.makes_one), with `workers` and `timeout` for envs.copies.Copies if it
+    names them; or a function of the number of copies that makes a VectorEnv.
+    """
     if "_target_" not in env:
         raise ValueError("env=none has nothing to roll out in; name a task: env=gantry, env=pusht, or one of your own")
-    checkpoint.check_targets(plain(env), ("envs", *trust))
+    node = plain(env)
+    checkpoint.check_targets(node, ("envs", *trust))
+    if missing := [key for key, value in node.items() if value == "???"]:
+        raise ValueError(f"{env['_target_']} needs env.{missing[0]}=…")
     from envs.batch import BatchEnv
+    from envs.copies import Copies, makes_one
     from envs.task import Task
-    made = instantiate(env)
+    spread = {key: node.pop(key) for key in ("workers", "timeout") if key in node}
+    made = instantiate(node, _convert_="all")
     if isinstance(made, Task):
         return made.name, made.fps, BatchEnv(made, copies)
-    envs = made(copies)
+    envs = Copies(made, copies, **spread) if makes_one(made) else made(copies)
     return getattr(envs, "name", env["_target_"]), float(envs.metadata.get("render_fps", 0)), envs
 
 

@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium
@@ -12,8 +13,8 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from envs import gym_pusht
 from envs.batch import BatchEnv
+from envs.copies import Copies
 from envs.gym_pusht import GymPushT
 from envs.pusht import PushT
 from policy.control import Controller
@@ -168,7 +169,7 @@ def test_rollouts_do_not_depend_on_the_copies_and_survive_those_that_finish_earl
     planner, options, seeds = tiny_planner(), {"max_steps": 20, "success_coverage": 0.2}, 10
     reports = []
     for copies in (4, 1):  # 4 copies: waves of 4, 4 and 2
-        envs = gym_pusht.vector(copies, **options)
+        envs = Copies(partial(GymPushT, **options), copies, workers=0)
         controller = Watched(planner, execute=8)
         reports.append(evaluate(controller, envs, seeds, 100_000, task=envs.name))
         envs.close()
@@ -202,7 +203,7 @@ def test_without_gym_pusht_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gym_pusht.envs", None)
     monkeypatch.setitem(sys.modules, "gym_pusht", SimpleNamespace())
     with pytest.raises(ImportError, match=r"pip install dipole\[pymunk\]"):
-        gym_pusht.vector(1)
+        GymPushT()
 
 
 def test_importing_the_module_needs_no_gym_pusht():
