@@ -111,7 +111,7 @@ def check_task(cfg: DictConfig, spec: Spec) -> None:
             raise ValueError(f"{cfg.data.path} is not a recording of {task.name}: {wrong}. Name the task it comes from with env=…, or none with env=none")
 
 
-def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = ()):
+def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = (), simulator: str = "threads"):
     """conf/env/*.yaml -> (name, control rate [Hz], vector environment).
 
     A node yields a task; or what makes one gymnasium.Env (envs.copies.makes_one), with `workers` and `timeout` for envs.copies.Copies if it
@@ -128,10 +128,17 @@ def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = ()):
     from envs.task import Task
     spread = {key: node.pop(key) for key in ("workers", "timeout") if key in node}
     made = instantiate(node, _convert_="all")
+    if simulator not in ("threads", "warp") or (simulator == "warp" and not isinstance(made, Task)):
+        raise ValueError(f"simulator={simulator} does not run {env['_target_']}: use simulator=threads, or warp for a task of our own (env=gantry, env=pusht, …)")
     if isinstance(made, Task):
-        return made.name, made.fps, BatchEnv(made, copies)
+        return made.name, made.fps, BatchEnv(made, copies) if simulator == "threads" else _warp_env(made, copies)
     envs = Copies(made, copies, **spread) if makes_one(made) else made(copies)
     return getattr(envs, "name", env["_target_"]), float(envs.metadata.get("render_fps", 0)), envs
+
+
+def _warp_env(task: Any, copies: int):
+    from envs.warp import WarpEnv  # the extra warp
+    return WarpEnv(task, copies, arrays="numpy")
 
 
 def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, seed: int, copies: int, videos: int,
@@ -140,7 +147,7 @@ def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, s
     for key, value in {"episodes": episodes, "copies": copies}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{key}={value!r} must be a whole number from 1")
-    name, fps, envs = make_envs(cfg.env, min(copies, episodes), list(cfg.trust))
+    name, fps, envs = make_envs(cfg.env, min(copies, episodes), list(cfg.trust), cfg.get("simulator", "threads"))
     try:
         space = envs.single_observation_space
         if not hasattr(space, "spaces"):

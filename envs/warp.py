@@ -1,0 +1,305 @@
+"""Thousands of worlds of a task on a GPU, by mujoco_warp: states, observations and actions stay there, as torch tensors.
+
+The control step's physics steps are captured once as a CUDA graph and replayed. On the CPU the same calls are made one by one: far
+slower than BatchEnv, for tests and for code on its way to a GPU. Everything is float32; on a GPU the order of atomic additions, and so
+the last bits, differ from run to run.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+from gymnasium.vector.utils import batch_space
+
+from envs import render
+from envs.simulator import State
+from envs.task import Task
+
+try:
+    import mujoco_warp
+    import warp
+except ImportError as error:
+    raise ImportError("simulator=warp needs mujoco_warp and warp, in the versions that fit: pip install dipole[warp]") from error
+
+Tensors = dict[str, torch.Tensor]
+STATE = ("qpos", "qvel", "mocap_pos")
+CARRIED = (*STATE, "act", "qacc_warmstart", "time")  # all that a physics step leaves to the next one
+HUGE = 1e10  # MuJoCo's own limit for positions and velocities, which mujoco_warp does not check
+
+
+class Room(NamedTuple):
+    """What a world has memory for: contacts, as an average over the worlds, and rows of constraints."""
+
+    contacts: int
+    constraints: int
+
+
+class Worlds:
+    """n worlds of one model on one device. qpos, qvel, mocap_pos, ctrl are tensors (n, ...) in warp's own memory.
+
+    mujoco_warp drops the contacts that it has no room for. Here a count of what was needed is kept, the room grows, and the control
+    steps are done again (it prints a line for each of the steps that are repeated).
+    """
+
+    def __init__(self, model: mujoco.MjModel, n: int, *, substeps: int, device: str, room: Room) -> None:
+        warp.config.quiet = True
+        warp.init()
+        self.mj_model, self.n, self.substeps, self._device = model, n, substeps, warp.get_device(device)
+        self.device = torch.device(warp.device_to_torch(self._device))
+        with warp.ScopedDevice(self._device):
+            self._model = mujoco_warp.put_model(model)
+        self._make(room)
+
+    def _make(self, room: Room) -> None:
+        self.room = room
+        with warp.ScopedDevice(self._device):
+            data = mujoco_warp.put_data(self.mj_model, mujoco.MjData(self.mj_model), nworld=self.n, nconmax=room.contacts, njmax=room.constraints)
+            needed = warp.zeros(2, dtype=int)
+            self._data, self._needed_array, self._needed = data, needed, warp.to_torch(needed)
+            self.carried = {name: warp.to_torch(array) for name in CARRIED if (array := getattr(data, name)).size}
+            self.carried.setdefault("mocap_pos", torch.empty(self.n, 0, 3, device=self.device))
+            self.qpos, self.qvel, self.mocap_pos, self.ctrl = *(self.carried[name] for name in STATE), warp.to_torch(data.ctrl)
+            self._graph = None
+            if self._device.is_cuda:
+                self._steps()  # loads every kernel, which a capture cannot
+                with warp.ScopedCapture() as capture:
+                    self._steps()
+                self._graph = capture.graph
+                warp.synchronize_device()
+
+    def _steps(self) -> None:
+        data = self._data
+        for _ in range(self.substeps):
+            mujoco_warp.step(self._model, data)
+            warp.launch(_count, dim=self.n, inputs=[data.nefc, data.nacon, data.ncollision], outputs=[self._needed_array])
+
+    def write(self, worlds: torch.Tensor, state: State) -> None:
+        """Put worlds (m,), indices, into state (m, ...) at time 0, with everything else as freshly made."""
+        for name, value in self.carried.items():
+            value[worlds] = getattr(state, name) if name in STATE else 0.0
+
+    def run(self, ctrl: torch.Tensor) -> State:
+        """Run all worlds under ctrl (n, t, nu), one row per control step; the state (n, t, ...) after each of them."""
+        before = {name: value.clone() for name, value in self.carried.items()}
+        while True:
+            path = self._run(ctrl)
+            constraints, contacts = self._needed.tolist()
+            short = Room(constraints > self.room.constraints, contacts > self.room.contacts * self.n)
+            if not any(short):
+                self._before = before
+                return path
+            # Half as much again: the count stops at what the dropped contacts would have led to.
+            self._make(Room(max(self.room.contacts, -(-3 * contacts // (2 * self.n))), max(self.room.constraints, 3 * constraints // 2)))
+            for name, value in before.items():
+                self.carried[name].copy_(value)
+
+    def _run(self, ctrl: torch.Tensor) -> State:
+        self._needed.zero_()
+        seen = []
+        for k in range(ctrl.shape[1]):
+            self.ctrl.copy_(ctrl[:, k])
+            if self._graph is None:
+                with warp.ScopedDevice(self._device):
+                    self._steps()
+            else:
+                warp.capture_launch(self._graph, stream=warp.stream_from_torch(self.device))
+            seen.append((self.qpos.clone(), self.qvel.clone()))
+        qpos, qvel = (torch.stack(each, dim=1) for each in zip(*seen, strict=True))
+        return State(qpos, qvel, self.mocap_pos[:, None].expand(-1, ctrl.shape[1], -1, -1))
+
+    def keep(self, worlds: torch.Tensor) -> None:
+        """Let worlds (n,) bool stay where the last run left them, and put the others back to where it began."""
+        for name, value in self.carried.items():
+            value.copy_(torch.where(_over(worlds, value), value, self._before[name]))
+
+
+@warp.kernel
+def _count(nefc: warp.array[int], nacon: warp.array[int], ncollision: warp.array[int], needed: warp.array[int]):
+    world = warp.tid()
+    warp.atomic_max(needed, 0, nefc[world])
+    if world == 0:
+        warp.atomic_max(needed, 1, warp.max(nacon[0], ncollision[0]))
+
+
+class WarpEnv(gymnasium.vector.VectorEnv):
+    """BatchEnv's interface and rules, with torch tensors on `device` in and out: float32, bool, and int64 for elapsed.
+
+    device: a name like "cuda:1"; None: the GPU, or the CPU where there is none.   arrays: "numpy" for copies in numpy instead.
+    Every world is simulated at every step; those that have ended or are not active are put back.
+    A world fails when its state, an observation or the reward is not finite; what a task's function raises is raised.
+    """
+
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED, "render_modes": []}
+
+    def __init__(self, task: Task, num_envs: int, device: str | None = None, *, arrays: Literal["torch", "numpy"] = "torch", room: Room | None = None) -> None:
+        if arrays not in ("torch", "numpy"):
+            raise ValueError(f"arrays {arrays!r} is unknown: use 'torch' or 'numpy'")
+        self.task, self.num_envs, self.arrays = task, num_envs, arrays
+        self.single_observation_space, self.single_action_space = task.observation_space, task.action_space
+        self.observation_space, self.action_space = batch_space(task.observation_space, num_envs), batch_space(task.action_space, num_envs)
+        device = device or ("cuda" if torch.cuda.is_available() and warp.is_cuda_available() else "cpu")
+        try:
+            self.worlds = Worlds(task.model, num_envs, substeps=task.substeps, device=device, room=room or guess_room(task))
+        except NotImplementedError as error:
+            raise ValueError(f"mujoco_warp cannot simulate {task.name} ({error}): use simulator=threads") from error
+        self.device = self.worlds.device
+        self._now: Tensors = {}  # where every env stands, (n, ...)
+        self._errors = np.full(num_envs, None, object)
+        self._seed: list[int | None] = [None] * num_envs
+
+    @property
+    def state(self) -> State:
+        """The present states (n, ...), tensors."""
+        if not self._now:
+            raise RuntimeError("no episodes are running: call reset first")
+        return State(*(self._now[name] for name in STATE))
+
+    def reset(self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start episodes: env i from task.reset(seed + i), or seed[i], or a random seed.
+
+        options: "reset_mask" (n,) bool restarts only those envs; "state" a State (n, ...), of either kind, to start from instead of seeds.
+        """
+        options, n = options or {}, self.num_envs
+        mask = torch.as_tensor(options.get("reset_mask", np.ones(n, bool))).cpu().numpy()
+        if mask.shape != (n,) or mask.dtype != bool:
+            raise ValueError(f"reset_mask is {mask.dtype} {mask.shape}, expected bool {(n,)}")
+        if not self._now and not mask.all():
+            raise RuntimeError("the first reset starts every env: leave out reset_mask")
+        envs, seeds = np.flatnonzero(mask), self._seeds(seed)
+        start = options.get("state")
+        if start is not None and len(start.qpos) != n:
+            raise ValueError(f"state has {len(start.qpos)} rows, expected {n}")
+        start = State.stack([self.task.reset(seeds[i]) for i in envs]) if start is None else start[envs]
+        start = State(*(torch.as_tensor(getattr(start, name), dtype=torch.float32, device=self.device) for name in STATE))
+        index = torch.as_tensor(envs, device=self.device)
+        self.worlds.write(index, start)
+        fresh = self._judge(start, torch.zeros(len(envs), dtype=torch.int64, device=self.device))
+        now = {name: value.clone() for name, value in (self._now or fresh).items()}
+        for name, value in now.items():
+            value[index] = fresh[name]
+        self._now, self._errors[envs] = now, None
+        for i in envs:
+            self._seed[i] = seeds[i] if "state" not in options else None
+        return self._given(self.task.observe(self.state)), self._info({name: value.clone() for name, value in now.items()})
+
+    def step(self, actions: Any) -> tuple[dict[str, Any], Any, Any, Any, dict[str, Any]]:
+        """One control step, actions (n, d): step_chunk without its time axis."""
+        obs, *flags, info = self.step_chunk(torch.as_tensor(actions)[:, None])
+        error = info.pop("error")
+        obs, info = ({name: value[:, 0] for name, value in each.items()} for each in (obs, info))
+        reward, terminated, truncated = (each[:, 0] for each in flags)
+        return obs, reward, terminated, truncated, {**info, "error": error}
+
+    def step_chunk(self, actions: Any, active: Any = None) -> tuple[dict[str, Any], Any, Any, Any, dict[str, Any]]:
+        """As BatchEnv.step_chunk: actions (n, t, d) run open loop -> obs {key: (n, t, ...)}, reward, terminated, truncated (n, t), info."""
+        if not self._now:
+            raise RuntimeError("no episodes are running: call reset first")
+        running = ~(self._now["terminated"] | self._now["truncated"])
+        if active is not None:
+            running &= torch.as_tensor(active, device=self.device)
+        actions = self._checked(actions, running)
+        n, t = actions.shape[:2]
+        steps, envs = torch.arange(1, t + 1, device=self.device), torch.arange(n, device=self.device)[:, None]
+
+        path = self.worlds.run(self.task.control(actions))
+        rows = self._judge(path, self._now["elapsed"][:, None] + steps)
+        bad = self._bad(rows, self.task.observe(path))
+        over = rows["terminated"] | rows["truncated"] | bad
+        last = torch.where(over.any(dim=1), over.int().argmax(dim=1), t - 1)
+        failed = running & bad[envs[:, 0], last]
+        done = torch.where(running, last + 1 - failed.long(), 0)[:, None]  # the control steps that an env does
+        index = torch.minimum(steps, done)  # 0 where it stands now; what the worlds ran on to past the end is dropped
+        rows = {name: torch.cat([self._now[name][:, None], value], dim=1)[envs, index] for name, value in rows.items()}
+        rows["reward"] = torch.where(steps <= done, rows["reward"], 0.0)
+        rows["truncated"] |= failed[:, None] & (steps > done)
+        self._now = {name: value[:, -1].clone() for name, value in rows.items()}
+        self.worlds.keep(running & ~(self._now["terminated"] | self._now["truncated"]))
+        self._blame(failed, done[:, 0])
+        obs = self.task.observe(State(*(rows[name] for name in STATE)))
+        return self._given(obs), *(self._given(rows[name]) for name in ("reward", "terminated", "truncated")), self._info(rows)
+
+    def render_states(self, qpos: Any, mocap_pos: Any, size: int = 256) -> np.ndarray:
+        """Frames (t, size, size, 3) uint8 of states (t, nq), (t, nmocap, 3) kept from info: videos of chosen episodes."""
+        qpos, mocap_pos = (torch.as_tensor(each).double().cpu().numpy() for each in (qpos, mocap_pos))
+        return render.frames(self.task.model, qpos, mocap_pos, camera=self.task.camera, size=size)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        render.release()
+
+    def _checked(self, actions: Any, running: torch.Tensor) -> torch.Tensor:
+        """actions (n, t, d) as a tensor here, zero for the envs that will not do them; or a ValueError."""
+        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
+        shape = (self.num_envs, actions.shape[1] if actions.ndim > 2 else 1, *self.task.action_shape)
+        if actions.shape != shape:
+            raise ValueError(f"actions have shape {tuple(actions.shape)}, expected {shape}: envs, control steps, action")
+        actions = torch.where(_over(running, actions), actions, 0.0)
+        if not (finite := torch.isfinite(actions).flatten(1).all(dim=1)).all():
+            env = int(finite.int().argmin())
+            raise ValueError(f"the action of env {env} is not finite: {actions[env].tolist()}; expected {shape[1:]} finite numbers")
+        return actions
+
+    def _judge(self, state: State, elapsed: torch.Tensor) -> Tensors:
+        """Everything known about states reached after so many control steps (at 0 nothing has ended), by name."""
+        reward, success, metrics = self.task.outcome(state)
+        numbers = {**metrics, **{name: getattr(state, name) for name in STATE}, "reward": reward}
+        return {
+            **{name: value.float() for name, value in numbers.items()},
+            "success": success,
+            "elapsed": elapsed,
+            "terminated": success & (elapsed > 0),
+            "truncated": elapsed >= self.task.max_steps,
+        }
+
+    def _bad(self, rows: Tensors, obs: Tensors) -> torch.Tensor:
+        """Where (n, t) the simulation or the task has gone wrong."""
+        fine = [(rows[name].abs() < HUGE).flatten(2).all(dim=2) for name in ("qpos", "qvel")]
+        fine += [torch.isfinite(value).flatten(2).all(dim=2) for value in obs.values()]
+        return ~(torch.stack(fine).all(dim=0) & torch.isfinite(rows["reward"]))
+
+    def _blame(self, failed: torch.Tensor, done: torch.Tensor) -> None:
+        for i in failed.nonzero()[:, 0].tolist():
+            seed, at = f" (seed {self._seed[i]})" if self._seed[i] is not None else "", int(self._now["elapsed"][i]) + 1
+            self._errors[i] = f"copy {i}{seed}, control step {at}: the state, an observation or the reward is not finite, or the state is huge"
+
+    def _info(self, rows: Tensors) -> dict[str, Any]:
+        kept = {name: value for name, value in rows.items() if name not in ("reward", "terminated", "truncated", "qvel")}
+        return {**self._given(kept), "error": self._errors.copy()}
+
+    def _given(self, value: Any) -> Any:
+        if self.arrays == "torch":
+            return value
+        return {name: each.cpu().numpy() for name, each in value.items()} if isinstance(value, dict) else value.cpu().numpy()
+
+    def _seeds(self, seed: int | Sequence[int] | None) -> list[int]:
+        n = self.num_envs
+        if seed is None:
+            return self.np_random.integers(2**31, size=n).tolist()
+        if isinstance(seed, (int, np.integer)):
+            super().reset(seed=int(seed))
+            return [int(seed) + i for i in range(n)]
+        if len(seed) != n:
+            raise ValueError(f"{len(seed)} seeds for {n} envs: give one per env, or one integer for seed, seed + 1, ...")
+        return [int(each) for each in seed]
+
+
+def guess_room(task: Task, episodes: int = 4, steps: int = 40) -> Room:
+    """Twice the most that a few episodes of random play need in C MuJoCo."""
+    model, rng = task.model, np.random.default_rng(0)
+    data, contacts, constraints = mujoco.MjData(model), 4, 8
+    for seed in range(episodes):
+        state = task.reset(seed)
+        data.qpos[:], data.qvel[:], data.mocap_pos[:] = state.qpos, state.qvel, state.mocap_pos
+        for k in range(steps * task.substeps):
+            if k % (5 * task.substeps) == 0:
+                data.ctrl[:] = task.control(rng.uniform(task.action_space.low, task.action_space.high).astype(float))
+            mujoco.mj_step(model, data)
+            contacts, constraints = max(contacts, data.ncon), max(constraints, data.nefc)
+    return Room(2 * contacts, 2 * constraints)
+
+
+def _over(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """mask (n,) with the axes that a value (n, ...) has besides."""
+    return mask.reshape(-1, *[1] * (value.ndim - 1))
