@@ -60,15 +60,15 @@ class BatchEnv(ChunkEnv):
                     states.append(self._rest())
             start = State.stack(states)
         self._simulator.write(envs, start)
-        rows, seen = self._look(start[:, None], np.zeros((envs.size, 1), int))
+        rows, seen = self._look(start[:, None], np.zeros((envs.size, 1), int), 1)
         return {key: value[:, 0] for key, value in rows.items()}, _by_copy(envs, earliest(faults, seen))
 
-    def _advance(self, envs: np.ndarray, actions: np.ndarray) -> tuple[Rows, Faults]:
+    def _advance(self, envs: np.ndarray, actions: np.ndarray, last: int) -> tuple[Rows, Faults]:
         ctrl, faults = self._control(actions)
         path = self._simulator.run(envs, ctrl)
         stopped = {int(row): Fault(int(np.isnan(path.qpos[row]).any(-1).argmax()), self._simulator.why(int(envs[row])))
                    for row in np.flatnonzero(np.isnan(path.qpos[:, -1]).any(-1))}  # fmt: skip
-        rows, seen = self._look(path, self._now[ELAPSED][envs, None] + 1 + np.arange(actions.shape[1]))
+        rows, seen = self._look(path, self._now[ELAPSED][envs, None] + 1 + np.arange(actions.shape[1]), last)
         return rows, _by_copy(envs, earliest(stopped, faults, seen))
 
     def _control(self, actions: np.ndarray) -> tuple[np.ndarray, Faults]:
@@ -87,19 +87,25 @@ class BatchEnv(ChunkEnv):
             ctrl = np.nan_to_num(ctrl, posinf=0.0, neginf=0.0)
         return ctrl, earliest(faults, bad)
 
-    def _look(self, state: State, elapsed: np.ndarray) -> tuple[Rows, Faults]:
-        """Everything known about states (m, t, ...) reached after elapsed (m, t) control steps (at 0 nothing has ended)."""
+    def _look(self, state: State, elapsed: np.ndarray, last: int) -> tuple[Rows, Faults]:
+        """Everything known about states (m, t, ...) reached after elapsed (m, t) control steps (at 0 nothing has ended).
+
+        Observations are zero where an episode is over and, unless something is wrong, before the last `last` steps.
+        """
         faults: Faults = {}
         try:
-            rows = self._judge(state, elapsed)
+            rows = self._judge(state, elapsed, last)
         except Exception:
             rows, faults = self._judge_singly(state, elapsed)
-        return rows, earliest(faults, first_bad(rows))
+        if (bad := first_bad(rows)) and last < elapsed.shape[1] and not faults:
+            return self._look(state, elapsed, elapsed.shape[1])  # the last good observation may be an earlier one
+        return rows, earliest(faults, bad)
 
-    def _judge(self, state: State, elapsed: np.ndarray) -> Rows:
+    def _judge(self, state: State, elapsed: np.ndarray, last: int) -> Rows:
         outcome = self.task.outcome(state)
+        terminated, truncated = outcome.success & (elapsed > 0), elapsed >= self.task.max_steps
         return {
-            **{("obs", key): value for key, value in self.task.observe(state).items()},
+            **self._observe(state, terminated | truncated, last),
             **{("info", key): value for key, value in outcome.metrics.items()},
             ("info", "qpos"): state.qpos,
             ("state", "qvel"): state.qvel,
@@ -107,9 +113,19 @@ class BatchEnv(ChunkEnv):
             REWARD: outcome.reward,
             SUCCESS: outcome.success,
             ELAPSED: elapsed,
-            TERMINATED: outcome.success & (elapsed > 0),
-            TRUNCATED: elapsed >= self.task.max_steps,
+            TERMINATED: terminated,
+            TRUNCATED: truncated,
         }
+
+    def _observe(self, state: State, over: np.ndarray, last: int) -> Rows:
+        t = over.shape[1]
+        end, steps = np.where(over.any(axis=1), over.argmax(axis=1), t - 1)[:, None], np.arange(t)
+        shown = (np.minimum(t - last, end) <= steps) & (steps <= end)
+        rows: Rows = {}
+        for key, value in self.task.observe(state[shown]).items():
+            rows["obs", key] = np.zeros((*over.shape, *value.shape[1:]), value.dtype)
+            rows["obs", key][shown] = value
+        return rows
 
     def _judge_singly(self, state: State, elapsed: np.ndarray) -> tuple[Rows, Faults]:
         """_judge for a task that raises on some of the states (m, t, ...); it raises still if even the model's own pose is too much."""
@@ -119,10 +135,10 @@ class BatchEnv(ChunkEnv):
             if row not in faults:
                 one = slice(row, row + 1), slice(k, k + 1)
                 try:
-                    cells[row, k] = self._judge(state[one], elapsed[one])
+                    cells[row, k] = self._judge(state[one], elapsed[one], 1)
                 except Exception:
                     faults[row] = Fault(k, traceback.format_exc())
-        blank = next(iter(cells.values()), None) or self._judge(self._rest()[None, None], np.zeros((1, 1), int))
+        blank = next(iter(cells.values()), None) or self._judge(self._rest()[None, None], np.zeros((1, 1), int), 1)
         rows = {key: np.empty((*elapsed.shape, *value.shape[2:]), value.dtype) for key, value in blank.items()}
         for row, k in np.ndindex(elapsed.shape):
             for key, value in cells.get((row, k), blank).items():

@@ -101,7 +101,7 @@ class Copies(ChunkEnv):
             self._episodes[i] = Episode(seed, options, [])
         return self._call(envs, (), lambda rows: ("reset", ([(int(envs[r]), seeds[r], options) for r in rows],)))
 
-    def _advance(self, envs: np.ndarray, actions: np.ndarray) -> tuple[Rows, Faults]:
+    def _advance(self, envs: np.ndarray, actions: np.ndarray, last: int) -> tuple[Rows, Faults]:
         actions = actions.astype(self.single_action_space.dtype)
         result = self._call(envs, actions.shape[1:2], lambda rows: ("step", (envs[rows].tolist(), actions[rows])))
         for i, chunk in zip(envs, actions, strict=True):

@@ -37,7 +37,7 @@ class ChunkEnv(gymnasium.vector.VectorEnv):
         """Begin episodes on copies envs (m,): rows (m, ...) of the starts, faults by copy."""
         raise NotImplementedError
 
-    def _advance(self, envs: np.ndarray, actions: np.ndarray) -> tuple[Rows, Faults]:
+    def _advance(self, envs: np.ndarray, actions: np.ndarray, last: int) -> tuple[Rows, Faults]:
         """Run actions (m, t, d) on copies envs (m,): rows (m, t, ...), of which those after an episode's end or a fault do not count."""
         raise NotImplementedError
 
@@ -75,17 +75,21 @@ class ChunkEnv(gymnasium.vector.VectorEnv):
         return obs, reward[:, 0], terminated[:, 0], truncated[:, 0], {**info, "error": error}
 
     def step_chunk(
-        self, actions: np.ndarray, active: np.ndarray | None = None
+        self, actions: np.ndarray, active: np.ndarray | None = None, last: int | None = None
     ) -> tuple[Obs, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Run actions (n, t, d) open loop; obs {key: (n, t, ...)} and reward, terminated, truncated (n, t) after each step.
 
         info: success, elapsed and the metrics (n, t), error (n,) None or a text. Rows after an episode's end repeat its last state
         with reward 0. Copies that ended earlier, or are not in active (n,) bool, are not stepped, and any numbers will do as their actions.
+        last: observe after the last so many steps only (default: all), obs (n, min(last, t), ...): pictures take longer than physics.
         """
         if not self._now:
             raise RuntimeError(STILL)
         actions = np.asarray(actions)
         t = actions.shape[1] if actions.ndim > 2 else 1
+        if last is not None and last < 1:
+            raise ValueError(f"last={last} must be at least 1: the next action needs an observation")
+        last = min(last or t, t)
         running = ~(self._now[TERMINATED] | self._now[TRUNCATED])
         envs = np.flatnonzero(running if active is None else running & active)
         actions = check_actions(actions, (self.num_envs, t, *(self.single_action_space.shape or ())), envs)
@@ -93,19 +97,20 @@ class ChunkEnv(gymnasium.vector.VectorEnv):
         rows = {key: np.repeat(value[:, None], t, axis=1) for key, value in self._now.items()}
         rows[REWARD][:] = 0.0
         if envs.size:
-            path, faults = self._advance(envs, actions[envs])
+            path, faults = self._advance(envs, actions[envs], last)
             over = path[TERMINATED] | path[TRUNCATED]
-            last = np.where(over.any(axis=1), over.argmax(axis=1), t - 1)[:, None]  # the step an episode ends with
-            index = np.arange(envs.size)[:, None], np.minimum(np.arange(t), last)
+            end = np.where(over.any(axis=1), over.argmax(axis=1), t - 1)[:, None]  # the step an episode ends with
+            index = np.arange(envs.size)[:, None], np.minimum(np.arange(t), end)
             # A simulator may have run on past the end; what it found there is dropped, and only a reset uses that copy again.
             put(rows, envs, {key: value[index] for key, value in path.items()}, (self.num_envs, t))
-            rows[REWARD][envs] *= np.arange(t) <= last
-            end = dict(zip(envs.tolist(), last[:, 0].tolist(), strict=True))
+            rows[REWARD][envs] *= np.arange(t) <= end
+            ends = dict(zip(envs.tolist(), end[:, 0].tolist(), strict=True))
             for i, fault in faults.items():
-                if fault.step <= end.get(i, 0):
+                if fault.step <= ends.get(i, 0):
                     self._leave(rows, i, fault)
         self._now = {key: value[:, -1].copy() for key, value in rows.items()}
-        return named(rows, "obs"), rows[REWARD], rows[TERMINATED], rows[TRUNCATED], self._info(rows)
+        obs = {key: value[:, t - last :] for key, value in named(rows, "obs").items()}
+        return obs, rows[REWARD], rows[TERMINATED], rows[TRUNCATED], self._info(rows)
 
     def _leave(self, rows: Rows, i: int, fault: Fault) -> None:
         """Copy i has failed: from that step of rows (n, t, ...) on it stands where it last was, truncated."""
