@@ -18,15 +18,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "policy.diffusion": ("policy.types",),
     "policy.planner": ("policy.data", "policy.nets", "policy.diffusion"),
     "policy.control": ("policy.planner",),
-    "policy.rollout": ("policy.control",),
+    "policy.stats": (),
+    "policy.episodes": ("policy.stats",),
+    "policy.rollout": ("policy.control", "policy.episodes"),
     "policy.serve": ("policy.control",),
     "policy.train": ("policy.planner", "policy.rollout"),
     "policy.rl": ("policy.planner", "policy.rollout", "policy.train"),
     "policy.svg": (),
     "policy.report": ("policy.svg", "policy.train"),
+    "policy.compare": ("policy.report", "policy.stats"),
     "policy": (),
     "envs": (),
-    "scripts": ("policy.report", "policy.rl", "policy.serve", "envs"),
+    "scripts": ("policy.compare", "policy.rl", "policy.serve", "envs"),
 }
 SIMULATORS = ("gymnasium", "mujoco", "mujoco_warp")
 CONFIG = ("hydra", "omegaconf")
