@@ -7,17 +7,35 @@ import torch
 from policy.planner import Planner
 
 
+class NotFinite(ValueError):
+    """A plan holds NaN or infinity. chunk: what `plan` would have returned, zero in the rows at fault;   rows: those, by number of the controller."""
+
+    def __init__(self, chunk: np.ndarray, rows: list[int]):
+        super().__init__(f"the plan of rows {rows} is not finite: the checkpoint or the observation holds NaN or infinity")
+        self.chunk, self.rows = chunk, rows
+
+
 class Controller:
     """Receding-horizon control: plan a chunk, execute its first `execute` steps, plan again.
 
     Robots (or environments) are rows of every array, and each has its own history, queue and noise: what row i does depends only on its
-    own observations and seed, never on which other rows are alive.   device: where plans are made; None keeps the planner's.
+    own observations and seed, never on which other rows are alive.
+
+    delay: simulated latency in control steps. A plan from the observation of step s acts from step s + delay on; until then the plan
+    before it goes on. The first plan is made before the clock starts.   align: a late plan is entered at the action meant for that
+    step. False starts it at its first action, `delay` steps too late, as a naive robot does.
     """
 
-    def __init__(self, planner: Planner, *, execute: int = 8):
-        if not 1 <= execute <= planner.spec.horizon:
-            raise ValueError(f"execute={execute} must be between 1 and the planner's horizon {planner.spec.horizon}")
-        self.planner, self.execute = planner.eval(), execute
+    def __init__(self, planner: Planner, *, execute: int = 8, delay: int = 0, align: bool = True):
+        horizon = planner.spec.horizon
+        if not 1 <= execute <= horizon:
+            raise ValueError(f"execute={execute} must be between 1 and the planner's horizon {horizon}")
+        if not isinstance(delay, int) or delay < 0:
+            raise ValueError(f"delay={delay!r} must be a whole number of control steps from 0")
+        if execute + delay > horizon:
+            raise ValueError(f"execute={execute} and delay={delay} need plans of {execute + delay} steps, the planner's horizon is {horizon}: "
+                             "lower one of the two, or train with a longer horizon")
+        self.planner, self.execute, self.delay, self.align = planner.eval(), execute, delay, align
         self.device = next(planner.parameters()).device
         self.noise: list[torch.Generator] = []
 
@@ -30,7 +48,8 @@ class Controller:
             e, spec = len(seeds), self.planner.spec
             self.history = {k: torch.zeros(e, spec.t_obs, *s) for k, s in spec.obs.items()}
             self.queue, self.left = torch.zeros(e, self.execute, spec.action_dim), torch.zeros(e, dtype=torch.long)
-            self.fresh = torch.ones(e, dtype=torch.bool)
+            self.fresh, self.first = torch.ones(e, dtype=torch.bool), torch.ones(e, dtype=torch.bool)
+            self.promised = torch.zeros(e, self.delay, spec.action_dim)  # what acts until the next plan does
             self.noise = [torch.Generator() for _ in seeds]
             rows = np.arange(e)
         elif not self.noise:
@@ -41,7 +60,7 @@ class Controller:
             raise ValueError(f"{len(seeds)} seeds for {len(rows)} rows")
         for row, seed in zip(rows, seeds, strict=True):
             self.noise[row].manual_seed(int(seed))
-        self.fresh[rows], self.left[rows] = True, 0
+        self.fresh[rows], self.first[rows], self.left[rows] = True, True, 0
 
     def observe(self, obs: dict[str, np.ndarray], rows: np.ndarray | None = None) -> None:
         """Append the newest observations {key: (n, t, *shape)}, oldest first, of `rows` (n,) (all when None)."""
@@ -61,7 +80,7 @@ class Controller:
 
     @torch.inference_mode()
     def plan(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """The next `execute` actions of `rows`, (n, execute, d) in physical units. Raises ValueError when a plan is not finite."""
+        """The next `execute` actions of `rows`, (n, execute, d) in physical units. Raises NotFinite when a plan is not."""
         if not self.noise:
             raise RuntimeError("call reset(seeds), then observe, before the first plan")
         at = torch.arange(len(self.noise)) if rows is None else torch.as_tensor(rows)
@@ -69,10 +88,16 @@ class Controller:
             raise RuntimeError(f"rows {at[self.fresh[at]].tolist()} have observed nothing since their reset: call observe first")
         spec = self.planner.spec
         noise = torch.stack([torch.randn(spec.horizon, spec.action_dim, generator=self.noise[i]) for i in at.tolist()])
-        chunk = self.planner.plan({k: h[at].to(self.device) for k, h in self.history.items()}, noise=noise.to(self.device))[:, : self.execute]
-        chunk = chunk.float().cpu()
-        if not chunk.isfinite().all():
-            raise ValueError("the plan is not finite: the checkpoint or the observation holds NaN or infinity")
+        plan = self.planner.plan({k: h[at].to(self.device) for k, h in self.history.items()}, noise=noise.to(self.device)).float().cpu()
+        late = self.delay if self.align else 0
+        then = torch.cat([self.promised[at], plan[:, late: late + self.execute]], 1)
+        chunk = torch.where(self.first[at, None, None], plan[:, : self.execute + self.delay], then)
+        finite = chunk.isfinite().flatten(1).all(1)
+        chunk[~finite] = 0
+        self.promised[at], self.first[at] = chunk[:, self.execute:], False
+        chunk = chunk[:, : self.execute].contiguous()
+        if not finite.all():
+            raise NotFinite(chunk.numpy(), at[~finite].tolist())
         return chunk.numpy()
 
     def act(self, obs: dict[str, np.ndarray]) -> np.ndarray:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from policy.control import Controller
+from policy.control import Controller, NotFinite
 from policy.types import Spec
 from tests.helpers import make_data, make_planner, make_store
 
@@ -82,6 +82,58 @@ def test_a_reset_row_plans_at_once_and_the_others_go_on():
     assert controller.planner.seen[1]["y"].tolist() == [[102, 102, 102]]  # its history starts anew, at step 2 of row 1
 
 
+class Clock(Counting):
+    """Plans the time of the step an action is meant for: what it is shown counts the steps, and step t of a plan is t later."""
+
+    def plan(self, obs, *, noise=None, prefix=None):
+        super().plan(obs, noise=noise)
+        return obs["y"][:, -1, None, None] + torch.arange(6.0)[None, :, None]
+
+
+@pytest.mark.parametrize("execute, delay, align, want", [
+    (4, 2, True, [100, 101, 102, 103, 104, 105, 202, 203, 204, 205, 302, 303]),  # planned at 0, 4 and 8, acting from 0, 6 and 10
+    (4, 2, False, [100, 101, 102, 103, 104, 105, 200, 201, 202, 203, 300, 301]),
+    (2, 2, True, [100, 101, 102, 103, 202, 203, 302, 303]),
+    (1, 3, True, [100, 101, 102, 103, 203, 303, 403]),  # several plans under way at once
+    (1, 3, False, [100, 101, 102, 103, 200, 300, 400]),
+    (4, 0, False, [100, 101, 102, 103, 200, 201])])
+def test_a_plan_acts_delay_steps_after_what_it_saw(execute, delay, align, want):
+    controller = Controller(Counting(), execute=execute, delay=delay, align=align)
+    controller.reset([0])
+    assert [controller.act(frame(1, k))[0, 0].item() for k in range(len(want))] == want
+    assert [seen["y"][0, -1].item() for seen in controller.planner.seen] == list(range(0, len(want), execute))
+
+
+@pytest.mark.parametrize("execute, delay", [(4, 2), (2, 3), (1, 5), (3, 0)])
+def test_an_aligned_plan_of_a_certain_future_loses_nothing(execute, delay):
+    """Every action is the one meant for its step; without alignment it is one from `delay` steps before."""
+    for align in (True, False):
+        controller = Controller(Clock(), execute=execute, delay=delay, align=align)
+        controller.reset([0, 1])
+        done = np.stack([controller.act(frame(2, k))[:, 0] for k in range(15)], 1)
+        late = np.where(np.arange(15) < execute + delay, 0, 0 if align else delay)
+        assert np.array_equal(done, np.arange(15) - late + 100 * np.arange(2)[:, None])
+
+
+def test_a_reset_row_waits_for_no_plan():
+    """It starts with a whole plan of its own again, while the other rows keep what was promised them."""
+    controller = Controller(Counting(), execute=2, delay=1)
+    controller.reset([0, 1])
+    first = [controller.act(frame(2, k))[:, 0].tolist() for k in range(2)]
+    controller.reset([9], rows=np.array([1]))
+    after = [controller.act(frame(2, k))[:, 0].tolist() for k in range(2, 6)]
+    assert first == [[100, 100], [101, 101]]
+    assert after == [[102, 200], [201, 201], [202, 202], [301, 301]]
+
+
+def test_a_delay_that_plans_are_too_short_for_is_refused():
+    with pytest.raises(ValueError, match="execute=4 and delay=3 need plans of 7 steps, the planner's horizon is 6: lower one"):
+        Controller(Counting(), execute=4, delay=3)
+    for delay in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"delay={delay} must be a whole number"):
+            Controller(Counting(), delay=delay, execute=1)
+
+
 @pytest.fixture(scope="module")
 def planner(tmp_path_factory):
     return make_planner(make_data(make_store(tmp_path_factory.mktemp("data") / "d.zarr"))).eval().requires_grad_(False)
@@ -127,8 +179,9 @@ def test_rows_do_not_depend_on_which_others_are_alive(planner):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_acting_is_observing_and_planning(planner):
-    stepper, planned = Controller(planner, execute=5), Controller(planner, execute=5)
+@pytest.mark.parametrize("late", [{}, {"delay": 3}, {"delay": 2, "align": False}])
+def test_acting_is_observing_and_planning(planner, late):
+    stepper, planned = Controller(planner, execute=5, **late), Controller(planner, execute=5, **late)
     stepper.reset([1, 2]), planned.reset([1, 2])
     for k in range(3):
         actions = np.stack([stepper.act(real(2, 5 * k + t)) for t in range(5)], 1)
@@ -180,7 +233,10 @@ def test_misuse_is_told():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_plan_that_is_not_finite_is_refused(planner, bad):
-    controller = Controller(planner)
-    controller.reset([0, 1])
-    with pytest.raises(ValueError, match="not finite"):
+    """Naming the row; what was planned for the others comes with the refusal."""
+    controller, sound = Controller(planner), Controller(planner)
+    controller.reset([0, 1]), sound.reset([0, 1])
+    with pytest.raises(NotFinite, match=r"plan of rows \[1\] is not finite") as refused:
         controller.act({"x": np.array([[1.0, 2, 3], [1, bad, 3]])})
+    actions = sound.act({"x": np.array([[1.0, 2, 3], [1, 2, 3]])})
+    assert refused.value.rows == [1] and np.array_equal(refused.value.chunk[0, 0], actions[0]) and not refused.value.chunk[1].any()
