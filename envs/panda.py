@@ -144,7 +144,7 @@ class PandaExpert:
         left, turn = np.linalg.norm(obs["goal_from_cube"], axis=1), np.arctan2(*obs["yaw_from_hand"].T[::-1]) / 4
         off = level + 0.04 * np.abs(turn)  # m, how far from a good grip
         around = (off < 0.016) & (deep < 0.012)
-        held = around & (opening < 0.046)
+        held = (level < 0.016) & (deep < 0.018) & (opening < 2 * CUBE + 0.0012)
         there = (left < 0.01) & (cube[:, 2] < CUBE + 0.004)
         free = opening > 0.07
         reach = cube[:, 2] + np.clip(2 * (off - 0.01), 0, 0.1)
@@ -153,7 +153,7 @@ class PandaExpert:
         loose = ~held | there
         place = np.where((held & ~there)[:, None], obs["hand"][:, :2] + obs["goal_from_cube"], cube[:, :2])
         height = np.where(there, leave, np.where(held, carry, reach))
-        grip = np.where(there, OPEN, np.where(around, 0.0, OPEN))
+        grip = np.where(there, OPEN, np.where(around | held, 0.0, OPEN))
         return place, height, np.where(loose & ~there, np.clip(turn, -0.25, 0.25), 0.0), grip
 
 
