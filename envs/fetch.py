@@ -14,7 +14,8 @@ import gymnasium
 import mujoco
 import numpy as np
 
-from envs.adapter import Adapter, need, seen
+from envs.adapter import Adapter, seen
+from envs.robotics import named, robotics
 from envs.task import Obs, box
 
 CLASSES = {  # task: module and class below gymnasium_robotics.envs.fetch
@@ -71,28 +72,15 @@ class Fetch(Adapter):
         return self._observe(raw), float(reward), bool(info["is_success"]), _distance(raw)
 
     def _observe(self, raw: dict[str, np.ndarray]) -> Obs:
-        parts = np.split(raw["observation"], np.cumsum(list(self._parts.values()))[:-1])
-        obs = {**dict(zip(self._parts, parts, strict=True)), "goal": raw["desired_goal"]}
-        away = "goal_from_object" if "object" in obs else "goal_from_hand"
-        obs[away] = raw["desired_goal"] - raw["achieved_goal"]
-        return {key: value.astype(np.float32) for key, value in obs.items()}
+        away = "goal_from_object" if self._world.has_object else "goal_from_hand"
+        goal, way = raw["desired_goal"], raw["desired_goal"] - raw["achieved_goal"]
+        return {**named(raw["observation"], self._parts), "goal": goal.astype(np.float32), away: way.astype(np.float32)}
 
     def _scene(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
         model, data = self._world.model, self._world.data
         target = model.site("target0")  # it hangs on a body that is never turned
         target.pos = self._world.goal - data.xpos[target.bodyid[0]]
         return model, data
-
-
-def robotics(module: str, **limits: str) -> Any:
-    """A module below gymnasium_robotics.envs, without the message the package prints in every process that imports it."""
-    try:
-        from farama_notifications import notifications
-
-        notifications.pop("gymnasium_robotics", None)
-    except ImportError:
-        pass
-    return need(f"gymnasium_robotics.envs.{module}", "robotics", **limits)
 
 
 def reach(obs: Obs) -> np.ndarray:

@@ -14,14 +14,17 @@ from scripts.common import plain
 from scripts.verb import verb
 
 
-def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, workers: int | None = None) -> Store:
+def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, workers: int | None = None, recording: str | None = None) -> Store:
     """task: an envs.task.Task, or a function without arguments that makes one environment with an expert (envs.adapter.Adapter).
 
+    recording: a file of human demonstrations that the environment can read (`recorded`), taken as it is instead of the expert.
     Append-safe: an interrupted run leaves a store that opens with the episodes written so far.
     """
     from envs.collect import demonstrations, from_env
     from envs.task import Task
     found: Iterator[dict[str, Any]]
+    if recording is not None and not hasattr(getattr(task, "func", task), "recorded"):
+        raise ValueError("this environment reads no recordings; env=adroit does. Leave out recording=…")
     if isinstance(task, Task):
         facts, fps = task, task.fps
         task.expert(1, seed)  # a task without one says so before anything is written
@@ -29,14 +32,17 @@ def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, work
     else:
         facts = task()
         fps = facts.metadata["render_fps"]
-        facts.expert(seed)
         facts.close()
-        found = from_env(task, episodes, seed=seed, noise=noise, workers=workers)
+        if recording is None:
+            facts.expert(seed)
+            found = from_env(task, episodes, seed=seed, noise=noise, workers=workers)
+        else:
+            found = islice(facts.recorded(recording), episodes)
     schema = {**{k: (v.shape, v.dtype) for k, v in facts.observation_space.spaces.items()}, "action": (facts.action_space.shape, "float32")}
     store = Store.create(path, schema, fps=fps, units=facts.units, action_semantics=facts.action_semantics,
-                         attrs={"task": facts.name, "expert": "scripted", "first_seed": seed})
+                         attrs={"task": facts.name, **({"expert": "scripted", "first_seed": seed} if recording is None else {"expert": "recorded"})})
     with bar() as progress:
-        bar_task = progress.add_task("collect", total=episodes, note="")
+        bar_task = progress.add_task("collect", total=episodes if recording is None else None, note="")
         while chunk := [{k: v for k, v in e.items() if k != "seed"} for e in islice(found, 25)]:
             store.extend(chunk)
             progress.update(bar_task, completed=store.episodes, note=f"{store.steps} steps")
@@ -49,7 +55,7 @@ def main(cfg: DictConfig) -> None:
         raise ValueError("env=none has no expert; name a task that has one: env=gantry, env=maze, env=metaworld")
     noise = plain(cfg.noise) if isinstance(cfg.noise, list) else cfg.noise
     task, path, tick = instantiate(cfg.env), Path(cfg.path), time.perf_counter()
-    store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=noise, workers=cfg.workers)
+    store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=noise, workers=cfg.workers, recording=cfg.recording)
     console.print(f"[bold]{store.episodes} demonstrations, {store.steps} steps in {time.perf_counter() - tick:.1f} s[/]: {path}", highlight=False)
 
 
