@@ -13,3 +13,4 @@ register("dipole/PushT-v0", entry_point="envs.task:make", kwargs={"task": "envs.
 register("dipole/Gantry-v0", entry_point="envs.task:make", kwargs={"task": "envs.gantry:Gantry"})
 register("dipole/Maze-v0", entry_point="envs.maze:make")
 register("dipole/PandaPick-v0", entry_point="envs.task:make", kwargs={"task": "envs.panda:PandaPick"})
+register("dipole/AlohaTransfer-v0", entry_point="envs.task:make", kwargs={"task": "envs.aloha:AlohaTransfer"})
