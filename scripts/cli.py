@@ -14,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TAKES_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
                "--experimental-rerun", "--info", "-i"}  # hydra's options whose next word is not ours
+LAUNCHERS = {"slurm": "submitit_slurm", "local": "submitit_local"}
 
 
 def verbs(folder: Path = HERE) -> dict[str, str]:
@@ -46,8 +47,10 @@ def words_to_overrides(argv: list[str]) -> list[str]:
 
 
 def quoted(arg: str) -> str:
-    """`path=rün` -> `path='rün'`: hydra's grammar of plain values knows ASCII only."""
+    """`path=rün` -> `path='rün'`: hydra's grammar of plain values knows ASCII only. `hydra.launcher=slurm` -> `hydra/launcher=submitit_slurm`."""
     key, equals, value = arg.partition("=")
+    if key in ("hydra.launcher", "hydra/launcher"):
+        return f"hydra/launcher={LAUNCHERS.get(value, value)}"
     plain = value.isascii() or arg.startswith("-") or value[:1] in "'\"[{"
     return arg if plain else key + equals + "'" + value.replace("'", "\\'") + "'"
 

@@ -1,7 +1,6 @@
 """What the verbs share: the run folder, the configuration a run was trained with, environments, videos, the result's files."""
 import json
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +21,7 @@ from policy.rollout import Report, evaluate
 from policy.train import checkpoint
 from policy.train.log import bar, console
 from policy.types import Spec
+from scripts import sweep
 
 LEARNED = ("padding_loss", "obs_noise", "normalize", "t_obs", "horizon", "data", "train")
 PLANNER = ("encoder", "net", "schedule", "denoiser", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
@@ -39,9 +38,12 @@ def overrides() -> list[str]:
 def new_run(cfg: DictConfig) -> Path:
     """The folder of a new run; refused when a run is already there."""
     recipe = HydraConfig.get().runtime.choices.get("recipe") or "run"
-    folder = Path(cfg.run) if cfg.run else Path("outputs") / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        folder = folder / str(HydraConfig.get().job.num)
+    if cfg.run:
+        folder = sweep.own(Path(cfg.run))
+    elif job := sweep.here():
+        folder = job[0] / str(job[1])
+    else:
+        folder = Path("outputs") / recipe / time.strftime("%Y-%m-%d_%H-%M-%S")
     if (folder / "checkpoints").exists():
         raise FileExistsError(f"{folder} already holds a run. Go on with it: dipole train run={folder} resume=true; or choose another run=…")
     return folder
@@ -211,7 +213,7 @@ def result_line(metrics: dict[str, Any]) -> str:
 
 def command() -> str:
     """What to type to do this again, from the same folder; `dipole eval` and `python scripts/eval.py` are the same."""
-    return shlex.join(["dipole", Path(sys.argv[0].split()[-1]).stem, *sys.argv[1:]])
+    return shlex.join(["dipole", str(HydraConfig.get().job.config_name), *overrides()])
 
 
 def finish(folder: Path, line: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from policy.train import checkpoint
-from scripts import common
+from scripts import common, sweep
 from scripts.verb import verb
 
 
@@ -19,28 +19,28 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     planner.set_sampler(**checkpoint.sampling(common.plain(cfg.sampler), list(cfg.trust)))
     planner.guides = checkpoint.guides(common.plain(cfg.guide), list(cfg.trust))
     torch.manual_seed(cfg.seed)  # a stochastic sampler's draws
-    out = Path(cfg.out) if cfg.out else folder / "eval" / result_name(cfg.checkpoint)
+    out = sweep.own(Path(cfg.out)) if cfg.out else folder / "eval" / result_name(cfg.checkpoint)
     metrics = common.rollout(planner, cfg, out, episodes=cfg.episodes, seed=cfg.seed, copies=cfg.copies, videos=cfg.videos,
                              extra={"run": str(folder), "checkpoint": cfg.checkpoint, "step": facts["step"], "cpu_s": facts["cpu_s"]})
     common.write_start(out, cfg)
     if (folder / "train.jsonl").exists():
         shutil.copyfile(folder / "train.jsonl", out / "train.jsonl")  # the page shows how the policy came about
     common.finish(out, common.result_line(metrics))
-    return metrics
+    return {"folder": str(out), **metrics}
 
 
 def result_name(checkpoint: str) -> str:
     """policy, or policy-sampler=heun-episodes=20: another evaluation of a run goes to another folder, the same one replaces its result."""
-    said = [o for o in common.overrides() if o.split("=")[0] not in ("run", "checkpoint", "videos", "copies", "out", "threads", "device")]
+    said = [o for o in common.overrides() if o.split("=")[0] not in ("run", "checkpoint", "videos", "copies", "out", "threads", "device", "resume")]
     return re.sub(r"[^\w.=+-]+", "_", "-".join([checkpoint, *sorted(said)]))
 
 
 @verb("eval")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> dict[str, Any]:
     if not cfg.run:
         raise ValueError("which run? Name its folder: dipole eval run=FOLDER")
     folder = Path(cfg.run)
-    evaluate(common.of_run(cfg, folder), folder)
+    return evaluate(common.of_run(cfg, folder), folder)
 
 
 if __name__ == "__main__":

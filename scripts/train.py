@@ -9,15 +9,15 @@ from policy.data.normalize import Normalizer
 from policy.data.store import Store
 from policy.planner import Planner
 from policy.train import checkpoint
-from policy.train.log import Log, console
+from policy.train.log import Log, console, read_rows
 from policy.train.loop import NotFinite, Settings, Trainer
 from policy.types import Spec
-from scripts import common
+from scripts import common, sweep
 from scripts.verb import verb
 
 
-def train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
-    """Train into folder; metrics of the last rollout when there was one."""
+def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Train into folder; what it cost, the last loss, and the metrics of the last rollout when there was one."""
     torch.set_num_threads(cfg.threads)
     device = checkpoint.pick_device(cfg.device)
     data, val = (common.dataset(cfg, split, device) for split in ("train", "val"))
@@ -45,7 +45,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     with Log(folder, config={**config, "train": common.plain(cfg.train), "versions": checkpoint.versions()}, resume_at=trainer.step, **cfg.log) as log:
         trainer.run(log)
     common.finish(folder, common.result_line(last) if last else f"trained {trainer.step} steps in {trainer.cpu_s:.0f} CPU-seconds")
-    return last or None
+    if trainer.step < settings.steps:
+        sweep.interrupted()
+    losses = [row["loss"] for row in read_rows(folder / "train.jsonl") if "loss" in row]
+    return {"folder": str(folder), "step": trainer.step, "cpu_s": trainer.cpu_s, "loss": losses[-1] if losses else None, **last}
 
 
 def spec_of(cfg: DictConfig, shapes: dict[str, tuple[int, ...]]) -> Spec:
@@ -56,17 +59,17 @@ def spec_of(cfg: DictConfig, shapes: dict[str, tuple[int, ...]]) -> Spec:
 
 
 @verb("train")
-def main(cfg: DictConfig) -> None:
-    if cfg.resume:
-        if not cfg.run:
-            raise ValueError("resume=true needs run=FOLDER")
-        folder = Path(cfg.run)
+def main(cfg: DictConfig) -> dict[str, Any]:
+    if cfg.resume and not cfg.run:
+        raise ValueError("resume=true needs run=FOLDER")
+    folder = sweep.own(Path(cfg.run)) if cfg.run else None
+    if folder and cfg.resume and ((folder / "checkpoints").exists() or not sweep.here()):  # a sweep starts the jobs it had not come to
         cfg = common.of_run(cfg, folder)
         cfg.resume = True
     else:
-        folder = common.new_run(cfg)
+        folder, cfg.resume = common.new_run(cfg), False
     try:
-        train(cfg, folder)
+        return train(cfg, folder)
     except NotFinite as e:
         raise SystemExit(f"error: {e}") from e
 

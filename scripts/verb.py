@@ -7,6 +7,7 @@ import difflib
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,47 +17,64 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from scripts import sweep
 from scripts.cli import missing
 
 FULL = "HYDRA_FULL_ERROR"
+EXTRAS = {"joblib": "sweep", "submitit": "slurm", "ray": "ray"}  # of pyproject.toml, by hydra's launcher
 MISTAKES = (ValueError, KeyError, OSError, NotImplementedError, HydraException, OmegaConfBaseException)
 
 
-def verb(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """`@verb("train")` makes main(cfg) a command configured by conf/train.yaml. A mistake: `error: …` on stderr, exit code 1."""
-    def wrap(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """`@verb("train")` makes main(cfg) a command configured by conf/train.yaml. A mistake: `error: …` on stderr, exit code 1.
+
+    With -m it is a sweep (scripts/sweep.py): what main returns, a dict or None, is the job's row in the table.
+    """
+    def wrap(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         compose = hydra.main(version_base=None, config_path="pkg://conf", config_name=name)
 
         @functools.wraps(main)
         def quiet(cfg: DictConfig) -> None:
             try:
                 main(cfg)
-            except ImportError as e:
-                if not (line := missing(e.name)):
+            except Exception as e:
+                if not (text := said(e, name)):
                     raise
-                raise SystemExit(f"dipole {name} needs {e.name}, which is not installed: {line}") from None
-            except MISTAKES as e:
-                if not (text := told(e, name)):
-                    raise
-                raise SystemExit(f"error: {text}") from None
+                raise SystemExit(text) from None
+
+        @functools.wraps(main)
+        def job(cfg: DictConfig) -> None:
+            sweep.recorded(lambda: main(cfg), lambda e: said(e, name), resume=bool(cfg.get("resume")))
 
         @functools.wraps(main)
         def start() -> None:
-            if os.environ.get(FULL) == "1":
-                return compose(main)()
+            full = os.environ.get(FULL) == "1"
             os.environ[FULL] = "1"  # hydra raises; otherwise it prints, and its advice on a misspelt key is to add it
-            try:
-                compose(quiet)()
-            except HydraException as e:
-                if not (text := told(e, name)):
-                    raise
-                raise SystemExit(f"error: {text}") from None
-            except KeyboardInterrupt:
-                raise SystemExit(130) from None
-            finally:
-                del os.environ[FULL]
+            with sweep.table(folder := sweep.asked(name, sys.argv[1:])):
+                try:
+                    compose(job if folder else main if full else quiet)()
+                except HydraException as e:
+                    if full or not (text := told(e, name)):
+                        raise
+                    raise SystemExit(f"error: {text}") from None
+                except KeyboardInterrupt:
+                    raise SystemExit(130) from None
+                except Exception as e:
+                    if full or not folder:  # the jobs of a sweep record theirs
+                        raise
+                    raise SystemExit(f"error: the launcher gave up: {first_lines(e)}. {FULL}=1 shows where") from None
+                finally:
+                    if not full:
+                        del os.environ[FULL]
         return start
     return wrap
+
+
+def said(e: Exception, name: str) -> str:
+    """The last line of a command that ends with this exception; '' when it is a bug."""
+    if isinstance(e, ImportError):
+        return f"dipole {name} needs {e.name}, which is not installed: {line}" if (line := missing(e.name)) else ""
+    return f"error: {text}" if isinstance(e, MISTAKES) and (text := told(e, name)) else ""
 
 
 def told(e: BaseException, name: str) -> str:
@@ -68,6 +86,8 @@ def told(e: BaseException, name: str) -> str:
         return told(cause, name) if isinstance(cause, MISTAKES) else first_lines(e) if isinstance(cause, TypeError | ImportError | AttributeError) else ""
     if isinstance(e, MissingMandatoryValue):
         return f"{e.full_key} has no value: add {e.full_key}=…; `dipole {name} --help` shows commands"
+    if launcher := re.search(r"Could not find 'hydra/launcher/(joblib|submitit|ray)", str(e)):
+        return f"there is no launcher {launcher[1]} yet: pip install 'dipole[{EXTRAS[launcher[1]]}]'"
     if unknown := re.match(r"Could not override '([^']+)'", str(e)):
         return no_setting(unknown[1], name)
     if isinstance(e, KeyError) and not isinstance(e, OmegaConfBaseException) and e.args:
