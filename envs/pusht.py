@@ -15,7 +15,9 @@ from typing import Literal
 
 import gymnasium
 import numpy as np
+from array_api_compat import device, to_device
 
+from envs import render
 from envs.arrays import Array, clip, like, namespace
 from envs.overlap import overlap
 from envs.task import Obs, Outcome, State, Task, box
@@ -30,6 +32,8 @@ CENTRE_OF_MASS = 45.0  # px down the stem
 # px^2 per unit of mass. The original computes both bars' moments from the bar's vertices: odd, but 2160 ruins every replay.
 INERTIA = 3000.0
 TIMESTEP = 0.01  # s
+SIZE = 96  # px, side of an observed picture
+WINDOW = 0.2555  # m, the middle of the window as drawn: the original names its pixels by their corners
 
 # px in the block frame: the nine points the human demonstrations store as `keypoint` (on the T, not its corners).
 KEYPOINTS = np.array(
@@ -41,7 +45,8 @@ KEYPOINTS = np.array(
 
 
 class PushT(Task):
-    """obs "keypoint": `keypoint` (9, 2) and `agent_pos` (2,); obs "state": `state` (5,), agent xy, block xy, angle in [0, 2 pi).
+    """obs "keypoint": `keypoint` (9, 2) and `agent_pos` (2,); "image": `image` (96, 96, 3) uint8 and `agent_pos`; "state": `state` (5,),
+    agent xy, block xy, angle in [0, 2 pi).
 
     Reward is coverage/success_coverage, at most 1, as in the original; success is coverage above success_coverage.
     Seeds 0..205 are the first states of the 206 human demonstrations: evaluate on others (the paper: from 100000).
@@ -51,7 +56,7 @@ class PushT(Task):
     action_semantics = "absolute target position of the finger, px, clipped to the window"
 
     def __init__(
-        self, *, obs: Literal["keypoint", "state"] = "keypoint", success_coverage: float = 0.95, max_steps: int = 300
+        self, *, obs: Literal["keypoint", "image", "state"] = "keypoint", success_coverage: float = 0.95, max_steps: int = 300
     ) -> None:
         self.obs, self.success_coverage, self.max_steps = obs, success_coverage, max_steps
         self.action_space = box(0, 512, (2,))
@@ -59,11 +64,14 @@ class PushT(Task):
         if obs == "keypoint":
             spaces: dict[str, gymnasium.Space] = {"keypoint": box(-128, 640, (9, 2)), "agent_pos": box(0, 512, (2,))}
             self.units = {"keypoint": "px", "agent_pos": "px", "action": "px"}
+        elif obs == "image":
+            spaces = {"image": gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8), "agent_pos": box(0, 512, (2,))}
+            self.units = {"image": "RGB, 0 to 255", "agent_pos": "px", "action": "px"}
         elif obs == "state":
             spaces = {"state": box([0, 0, -128, -128, 0], [512, 512, 640, 640, 2 * np.pi], (5,))}
             self.units = {"state": "px, px, px, px, rad", "action": "px"}
         else:
-            raise ValueError(f"obs {obs!r} is unknown: use 'keypoint' or 'state'")
+            raise ValueError(f"obs {obs!r} is unknown: use 'keypoint', 'image' or 'state'")
         self.observation_space = gymnasium.spaces.Dict(spaces)
 
     def reset(self, seed: int) -> State:
@@ -96,8 +104,18 @@ class PushT(Task):
         xp = namespace(vector)
         if self.obs == "state":
             return {"state": xp.astype(xp.concat([vector[..., :4], vector[..., 4:] % (2 * np.pi)], axis=-1), xp.float32)}
-        keypoint = to_world(KEYPOINTS, vector[..., 2:])
-        return {"keypoint": xp.astype(keypoint, xp.float32), "agent_pos": xp.astype(vector[..., :2], xp.float32)}
+        agent = xp.astype(vector[..., :2], xp.float32)
+        if self.obs == "image":
+            return {"image": self._pictures(state), "agent_pos": agent}
+        return {"keypoint": xp.astype(to_world(KEYPOINTS, vector[..., 2:]), xp.float32), "agent_pos": agent}
+
+    def _pictures(self, state: State) -> Array:
+        """What the original draws of states (...), (..., 96, 96, 3) uint8 RGB: no mark for the action."""
+        leading = state.qpos.shape[:-1]
+        qpos = np.asarray(to_device(state.qpos, "cpu"), np.float64).reshape(-1, self.model.nq)
+        # No smooth edges: the original shrinks a window five times as large by picking pixels.
+        drawn = render.frames(self.model, qpos, np.empty((len(qpos), 0, 3)), camera=self.camera, size=SIZE, samples=0)
+        return namespace(state.qpos).asarray(drawn.reshape(*leading, SIZE, SIZE, 3), device=device(state.qpos))
 
     def outcome(self, state: State) -> Outcome:
         covered = coverage(self.vector(state)[..., 2:])
@@ -152,6 +170,25 @@ def _stem(angle: Array) -> Array:
     return CENTRE_OF_MASS * xp.stack([-xp.sin(angle), xp.cos(angle)], axis=-1)
 
 
+def _colour(red: int, green: int, blue: int) -> str:
+    return f"{red / 255:.4f} {green / 255:.4f} {blue / 255:.4f} 1"
+
+
+def _sheet(margin: int, z: float, grey: int) -> str:
+    """A square that leaves a margin of so many observed pixels around it."""
+    half = 0.256 - margin * 0.512 / SIZE
+    return f'<geom class="drawn" type="box" pos="{WINDOW} {-WINDOW} {z}" size="{half} {half} .0002" rgba="{_colour(grey, grey, grey)}"/>'
+
+
+def _bars(name: str, *, half_height: float, z: float, origin: float, rim: float = 0.0) -> str:
+    """Both bars, each so many px larger on every side."""
+    return "".join(
+        f'<geom class="{name}" type="box" size="{METRES * ((x1 - x0) / 2 + rim)} {METRES * ((y1 - y0) / 2 + rim)} {half_height}" '
+        f'pos="{METRES * (x0 + x1) / 2} {METRES * (origin - (y0 + y1) / 2)} {z}"/>'
+        for x0, y0, x1, y1 in BARS
+    )
+
+
 def _mjcf() -> str:
     # Contacts: a direct solref (-stiffness, -damping) that MuJoCo scales by the impedance, here constant.
     impedance, bias = 0.99, 1 - 0.9 ** (60 * TIMESTEP)  # Chipmunk's collision bias per step
@@ -160,15 +197,6 @@ def _mjcf() -> str:
     wipe = 1 / TIMESTEP  # damping that takes all of a unit mass's velocity within one step
     inertia = INERTIA * METRES**2
     low, high = (METRES * wall for wall in WALLS)
-    middle, half = (high + low) / 2, (high - low) / 2
-
-    def bars(name: str, *, half_height: float, z: float, origin: float, rim: float = 0.0) -> str:
-        return "".join(
-            f'<geom class="{name}" type="box" size="{METRES * ((x1 - x0) / 2 - rim)} {METRES * ((y1 - y0) / 2 - rim)} {half_height}" '
-            f'pos="{METRES * (x0 + x1) / 2} {METRES * (origin - (y0 + y1) / 2)} {z}"/>'
-            for x0, y0, x1, y1 in BARS
-        )
-
     # The block's collision boxes are tall, so that the face nearest to the finger is never their top.
     return f"""
 <mujoco model="pusht">
@@ -185,41 +213,42 @@ def _mjcf() -> str:
   </visual>
   <default>
     <geom condim="1" solref="{solref}" solimp="{impedance} {impedance} .001 .5 1" friction="0 0 0"/>
-    <default class="drawn"><geom contype="0" conaffinity="0" rgba=".47 .53 .6 1"/></default>
-    <default class="fill"><geom contype="0" conaffinity="0" rgba=".56 .64 .73 1"/></default>
-    <default class="goal"><geom contype="0" conaffinity="0" rgba=".56 .93 .56 1"/></default>
+    <default class="drawn"><geom contype="0" conaffinity="0" rgba="{_colour(119, 136, 153)}"/></default>
+    <default class="fill"><geom contype="0" conaffinity="0" rgba="{_colour(143, 163, 184)}"/></default>
+    <default class="goal"><geom contype="0" conaffinity="0" rgba="{_colour(144, 238, 144)}"/></default>
     <default class="block"><geom contype="1" conaffinity="2" group="3" rgba="0 0 0 0"/></default>
     <default class="wall"><geom type="plane" size="1 1 .1" contype="2" conaffinity="0" group="3" rgba="0 0 0 0"/></default>
     <default class="finger"><general biastype="affine" gainprm="{stiffness * finger_mass}"
       biasprm="0 {-stiffness * finger_mass} {-damping * finger_mass}"/></default>
   </default>
   <worldbody>
-    <camera name="top" pos=".256 -.256 1" projection="orthographic" fovy=".512"/>
-    <geom class="drawn" type="plane" pos=".256 -.256 -.012" size=".4 .4 .1" rgba="1 1 1 1"/>
-    <geom class="drawn" type="box" pos="{middle} {-middle} -.0115" size="{half + 0.003} {half + 0.003} .0002" rgba=".8 .8 .8 1"/>
-    <geom class="drawn" type="box" pos="{middle} {-middle} -.0112" size="{half} {half} .0002" rgba="1 1 1 1"/>
+    <camera name="top" pos="{WINDOW} {-WINDOW} 1" projection="orthographic" fovy=".512"/>
+    <geom class="drawn" type="plane" pos=".256 -.256 -.012" size=".4 .4 .1" rgba="{_colour(248, 248, 248)}"/>
+    {_sheet(1, -0.0115, 233)}
+    {_sheet(2, -0.0112, 255)}
     <geom class="wall" pos="{low} 0 0" zaxis="1 0 0"/>
     <geom class="wall" pos="{high} 0 0" zaxis="-1 0 0"/>
     <geom class="wall" pos="0 {-low} 0" zaxis="0 -1 0"/>
     <geom class="wall" pos="0 {-high} 0" zaxis="0 1 0"/>
     <body name="goal" pos="{METRES * GOAL[0]} {-METRES * GOAL[1]} 0" euler="0 0 {-GOAL[2]}">
-      {bars("goal", half_height=0.0005, z=-0.0105, origin=0.0)}
+      {_bars("goal", half_height=0.0005, z=-0.0105, origin=0.0, rim=0.5)}
     </body>
     <body name="agent">
       <inertial pos="0 0 0" mass="{finger_mass}" diaginertia="1 1 1"/>
       <joint name="agent_x" type="slide" axis="1 0 0"/>
       <joint name="agent_y" type="slide" axis="0 1 0"/>
       <geom type="sphere" size="{METRES * FINGER}" contype="2" conaffinity="0" group="3" rgba="0 0 0 0"/>
-      <geom class="drawn" type="cylinder" size="{METRES * FINGER} .012" rgba=".25 .41 .88 1"/>
+      <geom class="drawn" type="cylinder" size="{METRES * FINGER} .012" rgba="{_colour(65, 105, 225)}"/>
+      <geom class="drawn" type="cylinder" size="{METRES * (FINGER - 4)} .0121" rgba="{_colour(78, 126, 255)}"/>
     </body>
     <body name="block">
       <inertial pos="0 0 0" mass="1" diaginertia="{inertia} {inertia} {inertia}"/>
       <joint name="block_x" type="slide" axis="1 0 0" damping="{wipe}"/>
       <joint name="block_y" type="slide" axis="0 1 0" damping="{wipe}"/>
       <joint name="block_angle" type="hinge" axis="0 0 1" damping="{wipe * inertia}"/>
-      {bars("block", half_height=0.2, z=0.0, origin=CENTRE_OF_MASS)}
-      {bars("drawn", half_height=0.009, z=0.0, origin=CENTRE_OF_MASS)}
-      {bars("fill", half_height=0.009, z=0.0005, origin=CENTRE_OF_MASS, rim=2.0)}
+      {_bars("block", half_height=0.2, z=0.0, origin=CENTRE_OF_MASS)}
+      {_bars("drawn", half_height=0.009, z=0.0, origin=CENTRE_OF_MASS, rim=2.0)}
+      {_bars("fill", half_height=0.009, z=0.0005, origin=CENTRE_OF_MASS, rim=-2.0)}
     </body>
   </worldbody>
   <actuator>

@@ -12,13 +12,17 @@ from envs.gantry import Gantry
 
 @dataclass(frozen=True)
 class HumanData:
-    """The 206 Push-T demonstrations: state (n, 5), action (n, 2), keypoint (n, 9, 2), float64 px; starts and ends (206,)."""
+    """The 206 Push-T demonstrations: state (n, 5), action (n, 2), keypoint (n, 9, 2), float64 px; starts and ends (206,).
+
+    image (n, 96, 96, 3) float32, 0 to 255, stays on disk: index it.
+    """
 
     state: np.ndarray
     action: np.ndarray
     keypoint: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
+    image: zarr.Array
 
     def velocities(self) -> np.ndarray:
         """The finger's velocity (n, 2) px/s at each recorded state, which the data lack: its path is a function of the actions."""
@@ -43,7 +47,7 @@ def human() -> HumanData:
     group = zarr.open_group(path, mode="r")
     state, action, keypoint = (np.asarray(group[f"data/{key}"][:], np.float64) for key in ("state", "action", "keypoint"))
     ends = np.asarray(group["meta/episode_ends"][:])
-    return HumanData(state, action, keypoint, np.concatenate([[0], ends[:-1]]), ends)
+    return HumanData(state, action, keypoint, np.concatenate([[0], ends[:-1]]), ends, group["data/img"])
 
 
 @pytest.fixture(scope="session")
