@@ -10,8 +10,8 @@ from typing import Any
 import mujoco
 import numpy as np
 
-QPOS, QVEL, QACC = (int(w) for w in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC))
-BAD = {QPOS: "qpos", QVEL: "qvel", QACC: "qacc"}
+QPOS, QVEL, QACC, CTRL = (int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{name}")) for name in ("QPOS", "QVEL", "QACC", "CTRL"))
+BAD = {QPOS: "qpos", QVEL: "qvel", QACC: "qacc", CTRL: "ctrl"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Simulator:
                 mujoco.mj_step(self.model, data, self.substeps)  # releases the GIL
             except mujoco.FatalError as error:
                 self._errors[world], warned[QACC] = str(error), 1
-            if warned[QPOS] or warned[QVEL] or warned[QACC]:  # MuJoCo has quietly put the world back into its first pose
+            if warned[QPOS] or warned[QVEL] or warned[QACC] or warned[CTRL]:  # and MuJoCo has quietly begun anew, or dropped the controls
                 qpos[k:] = qvel[k:] = np.nan
                 return
             qpos[k], qvel[k] = data.qpos, data.qvel
@@ -91,7 +91,7 @@ class Simulator:
             return f"MuJoCo stopped: {self._errors[world]}"
         warnings = self._worlds[world].warning
         name, at = next((name, warnings[i].lastinfo) for i, name in BAD.items() if warnings[i].number)
-        return f"the simulation is unstable: MuJoCo found a NaN, infinite or huge value in {name}, degree of freedom {at}"
+        return f"the simulation is unstable: MuJoCo found a NaN, infinite or huge value in {name}[{at}]"
 
     def close(self) -> None:
         if self._pool is not None:

@@ -52,9 +52,9 @@ class Group:
     def describe(self, copy: int) -> dict[str, Any]:
         """Make this copy and say what it is: spaces, metadata, name."""
         env = self._env(copy)
+        self._space = observed(env.observation_space)
         if not isinstance(env.action_space, spaces.Box):
             raise TypeError(f"the environment acts in {env.action_space}; only a Box of continuous actions can be planned")
-        self._space = observed(env.observation_space)
         name = getattr(env.unwrapped, "name", None) or (env.spec.id if env.spec else type(env.unwrapped).__name__)
         return {"name": str(name), "observation_space": self._space, "action_space": env.action_space, "metadata": dict(env.metadata)}
 
@@ -149,7 +149,7 @@ class Group:
             if not np.isfinite(value).all():
                 raise Unfit(not_finite(kind, name, np.asarray(value)))
         row[TERMINATED], row[TRUNCATED], row[ELAPSED] = bool(terminated), bool(truncated), elapsed
-        row[SUCCESS] = bool(info.get("success", info.get("is_success", terminated)))
+        row[SUCCESS] = bool(info.get("success", info.get("is_success", terminated and not truncated)))
         numbers = (bool, int, float, np.number, np.bool_)
         return {**row, **{("info", name): float(value) for name, value in info.items() if isinstance(value, numbers) and name not in OWN}}
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -39,7 +40,7 @@ class Faulty(gymnasium.Env):
         self.place += 0.2 * np.asarray(action) + self.np_random.normal(0, 0.02, 2).astype(np.float32)
         self.fail()
         distance = float(np.linalg.norm(self.place))
-        info = {"success": distance < 0.5, "distance": distance, "note": "words are no metric"}
+        info = {"success": distance < 0.5, "distance": distance, "torch": "torch" in sys.modules, "note": "words are no metric"}
         reward = np.inf if self.told() == "reward" else -distance
         return self.see(), reward, distance < 0.5, self.elapsed >= LENGTH, info
 
@@ -69,7 +70,25 @@ class Faulty(gymnasium.Env):
             case "exit":
                 raise SystemExit("bye")
 
+    def close(self):
+        if self.faults.get(-1) == "close":
+            raise RuntimeError("it will not close either")
+
     def render(self):
         frame = np.zeros((48, 64, 3), np.uint8)
         frame[:, : int(8 * self.place[0])] = 255
         return frame
+
+
+class Forgetful(Faulty):
+    """Starts elsewhere every time, whatever the seed."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed, options={"place": np.random.default_rng().uniform(1, 2, 2)})
+
+
+def broken() -> gymnasium.Env:
+    raise ImportError("no module named robots")
+
+
+gymnasium.register("dipole-test/Faulty-v0", Faulty, max_episode_steps=7)
