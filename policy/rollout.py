@@ -1,184 +1,199 @@
-"""Closed-loop evaluation: distinct seeds, intervals, latencies, and the states from which videos are drawn afterwards."""
+"""Closed-loop evaluation: distinct seeds, as many episodes as asked or as the interval needs, faults that cost one episode each."""
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from policy.control import Controller
+from policy.control import Controller, NotFinite
+from policy.episodes import Episode, Looked, Report
+from policy.stats import enough
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
-
-def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95 % interval of a success rate (Wilson 1927): honest at 0 and 1, where the normal one has no width."""
-    if not 0 <= successes <= n or n < 1:
-        raise ValueError(f"{successes} successes of {n} episodes is not a rate")
-    p, d = successes / n, 1 + z**2 / n
-    centre, half = (p + z**2 / (2 * n)) / d, z / d * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+Obs = dict[str, np.ndarray]
+DRAWN, NO_MEASURE = ("qpos", "mocap_pos"), ("success", "is_success", "elapsed", "error")
 
 
-def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of values (n,) (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    means = np.asarray(values)[rng.integers(0, len(values), (draws, len(values)))].mean(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
-@dataclass
-class Episode:
-    """One finished episode. score: best reward of any step; reward (steps,); states: what `render_states` of the environment takes."""
-    seed: int
-    success: bool
-    reward: np.ndarray
-    states: dict[str, np.ndarray]
-
-    @property
-    def score(self) -> float:
-        return float(self.reward.max())
-
-    def summary(self) -> dict[str, Any]:
-        return {"seed": self.seed, "success": self.success, "score": self.score, "return": float(self.reward.sum()), "steps": len(self.reward)}
-
-
-@dataclass
-class Report:
-    """Result of `evaluate`. plan_s: seconds of every batched plan; plan_one_s: seconds of plans for a single robot."""
-    task: str
-    episodes: list[Episode]
-    plan_s: list[float]
-    plan_one_s: list[float]
-    env_s: float
-    wall_s: float
-
-    def metrics(self) -> dict[str, Any]:
-        """The contents of metrics.json."""
-        ok, score = np.array([e.success for e in self.episodes]), np.array([e.score for e in self.episodes])
-        steps = sum(len(e.reward) for e in self.episodes)
-        p50, p99 = np.percentile(np.array(self.plan_one_s) * 1e3, [50, 99])
-        return {
-            "task": self.task, "episodes": len(ok), "seeds": [e.seed for e in self.episodes],
-            "success": float(ok.mean()), "success_ci": list(wilson(int(ok.sum()), len(ok))),
-            "score": float(score.mean()), "score_ci": list(bootstrap(score)),
-            "return": float(np.mean([e.reward.sum() for e in self.episodes])),
-            "plan_ms": {"p50": float(p50), "p99": float(p99)}, "plans": len(self.plan_s), "plan_s": sum(self.plan_s),
-            "env_s": self.env_s, "env_steps_per_s": steps / max(self.env_s, 1e-9), "steps": steps, "wall_s": self.wall_s,
-            "per_episode": [e.summary() for e in self.episodes],
-        }
-
-
-def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int, *, task: str = "",
+def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int, *, task: str = "", until: float | None = None,
              on_progress: Callable[[int], None] = lambda done: None) -> Report:
     """Roll `episodes` episodes out from the distinct seeds seed, seed + 1, …, as many at a time as envs has copies.
 
-    Copies with `step_chunk` (envs.batch.BatchEnv) take whole chunks; any other VectorEnv is stepped. Finished copies leave the batch.
-    Episode i is the same whatever the number of copies, for a deterministic sampler. ValueError when two seeds start the same episode.
+    until: stop as soon as the interval of success is ± until, looking when all copies have finished; `episodes` is then the most.
+    Copies with `step_chunk` (envs.vector.ChunkEnv) take whole chunks; any other VectorEnv is stepped, and raises what a copy raises.
+    Finished copies leave the batch. So does a copy whose info["error"] says so, or whose observation, reward or plan is not finite: its
+    episode has an error and is no success. Success is what info says at any step, else a termination that is no truncation.
+    Episode i is the same whatever the number of copies, for a deterministic sampler. ValueError when two seeds start the same episode,
+    NotFinite when not one of the first plans is finite.
     """
-    start, env_s = time.perf_counter(), 0.0
-    plan_s: list[float] = []
-    done: list[Episode] = []
+    if until is not None and not 0 < until < 0.5:
+        raise ValueError(f"until={until} must be between 0 and .5: half the width of the interval of success, .03 for ± 3 %")
+    start, space = time.perf_counter(), envs.single_action_space
+    wide = space.high.astype(float) - space.low.astype(float)  # type: ignore[attr-defined]
+    report = Report(task, controller.execute, controller.delay, controller.planner.spec.fps, np.where(np.isfinite(wide), wide, np.nan),
+                    None if until is None else Looked(until, envs.num_envs, episodes))
     starts: dict[bytes, int] = {}
-    seeds = list(range(seed, seed + episodes))
-    for first in range(0, episodes, envs.num_envs):
-        wave = seeds[first: first + envs.num_envs]
-        finished, spent, plans = _wave(controller, envs, wave, partial(_offset, on_progress, first), partial(_refuse_repeats, starts, task))
-        done += finished
-        env_s, plan_s = env_s + spent, plan_s + plans
-    wall = time.perf_counter() - start
-    return Report(task, done, plan_s, _single_plans(controller), env_s, wall)
+    while (done := len(report.episodes)) < episodes and not (done and until and enough(report.wins, done, until)):
+        wave = list(range(seed + done, seed + min(done + envs.num_envs, episodes)))
+        _wave(controller, envs, wave, report, starts, lambda finished, done=done: on_progress(done + finished))  # type: ignore[misc]
+    report.wall_s = time.perf_counter() - start
+    report.plan_one_s = _single_plans(controller)
+    return report
 
 
-def _offset(on_progress: Callable[[int], None], base: int, done: int) -> None:
-    on_progress(base + done)
+class _Track:
+    """An episode while it runs: pieces of its arrays, chunk by chunk."""
+
+    def __init__(self, seed: int):
+        self.seed, self.success, self.ended, self.error = seed, False, "", ""
+        self.pieces: dict[str, list[np.ndarray]] = {"reward": [], "actions": []}
+
+    def fail(self, error: str) -> None:
+        self.success, self.ended, self.error = False, "fault", error
+
+    def add(self, i: int, live: int, arrays: dict[str, np.ndarray]) -> None:
+        """The first `live` steps of row i of arrays (n, t, …)."""
+        for name, value in arrays.items():
+            self.pieces.setdefault(name, []).append(value[i, :live])
+
+    def episode(self) -> Episode:
+        joined = {name: np.concatenate(each) if each else np.zeros(0, np.float32) for name, each in self.pieces.items()}
+        reward, actions = joined.pop("reward"), joined.pop("actions")
+        states = {name: joined.pop(name) for name in DRAWN if name in joined}
+        return Episode(self.seed, self.success, reward, actions, self.ended, joined, states, self.error)
 
 
-def _refuse_repeats(starts: dict[bytes, int], task: str, seeds: Sequence[int], obs: dict[str, np.ndarray]) -> None:
-    """ValueError when the first observations (n, …) of two seeds are equal; starts {first observation: seed} grows."""
-    for i, seed in enumerate(seeds):
+def _wave(controller: Controller, envs: "VectorEnv", seeds: Sequence[int], report: Report, starts: dict[bytes, int],
+          on_progress: Callable[[int], None]) -> None:
+    """One episode on each of the first len(seeds) copies, added to the report."""
+    n, tracks = len(seeds), [_Track(s) for s in seeds]
+    keys = list(controller.planner.spec.obs)
+    padded: Any = [*seeds, *([seeds[-1]] * (envs.num_envs - n))]  # spare copies are never looked at
+    obs, info = envs.reset(seed=padded)
+    for i, text in _faults(info, {k: np.asarray(obs[k])[:, None] for k in keys if k in obs}, np.zeros((envs.num_envs, 1)))[1].items():
+        if i < n:
+            tracks[i].fail(text)
+    alive = np.array([i < n and not tracks[i].error for i in range(envs.num_envs)])
+    controller.reset(seeds)
+    if (rows := alive.nonzero()[0]).size:
+        _refuse_repeats(starts, report.task, {i: seeds[i] for i in rows.tolist()}, obs)
+        controller.observe({k: np.asarray(obs[k])[rows, None] for k in keys if k in obs}, rows)
+    while alive.any():
+        actions = _plan(controller, alive, tracks, report)
+        if not alive.any():
+            break
+        tick = time.perf_counter()
+        obs, reward, terminated, truncated, info = _step_chunk(envs, actions, alive, controller.planner.spec.t_obs)
+        report.env_s += time.perf_counter() - tick
+        over = terminated | truncated
+        first_bad, errors = _faults(info, {k: np.asarray(obs[k]) for k in keys}, reward)
+        arrays = {"reward": reward, "actions": actions[:, : reward.shape[1]], **_measured(info, reward.shape)}
+        for i in alive.nonzero()[0].tolist():
+            end = int(over[i].argmax()) if over[i].any() else reward.shape[1]
+            live = min(end + 1, reward.shape[1])
+            if i in errors and first_bad.get(i, 0) < live:
+                live = min(first_bad[i], end) if i in first_bad else end if over[i].any() else 0
+                tracks[i].fail(errors[i])
+            else:
+                tracks[i].success |= bool(info["success"][i, :live].any())
+            tracks[i].add(i, live, arrays)
+            if over[i].any() and not tracks[i].error:
+                tracks[i].ended = "success" if tracks[i].success else "terminated" if terminated[i, end] else "truncated"
+            alive[i] = not tracks[i].ended
+        if (rows := alive.nonzero()[0]).size:
+            controller.observe({k: np.asarray(obs[k])[rows] for k in keys}, rows)
+        on_progress(n - int(alive.sum()))
+    report.episodes += [track.episode() for track in tracks]
+
+
+def _plan(controller: Controller, alive: np.ndarray, tracks: Sequence[_Track], report: Report) -> np.ndarray:
+    """Actions (n, t, d) for all copies, planned for those alive (n,); one whose plan is not finite fails here."""
+    rows, tick = alive.nonzero()[0], time.perf_counter()
+    try:
+        chunk = controller.plan(rows)
+    except NotFinite as error:
+        if not report.plan_s and len(error.rows) == len(rows):
+            raise
+        chunk = error.chunk
+        for i in error.rows:
+            tracks[i].fail("the plan is not finite")
+            alive[i] = False
+    report.plan_s.append(time.perf_counter() - tick)
+    actions = np.zeros((len(alive), *chunk.shape[1:]), np.float32)
+    actions[rows] = chunk
+    return actions
+
+
+def _faults(info: dict[str, Any], obs: Obs, reward: np.ndarray) -> tuple[dict[int, int], dict[int, str]]:
+    """What is wrong with rows of a chunk: {row: first step (of reward (n, t)) that is not finite} and {row: text}, info's own words first."""
+    bad = ~np.isfinite(reward)
+    for value in obs.values():  # (n, the last steps, …)
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            bad[:, -value.shape[1]:] |= ~np.isfinite(value).all(axis=tuple(range(2, value.ndim)))
+    first = {int(i): int(bad[i].argmax()) for i in bad.any(1).nonzero()[0]}
+    errors = dict.fromkeys(first, "an observation or the reward is not finite")
+    told = {i: str(text) for i, text in enumerate(info.get("error", ())) if text is not None}
+    return {i: k for i, k in first.items() if i not in told}, {**errors, **told}
+
+
+def _measured(info: dict[str, Any], size: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """What an episode keeps of info: the states it is drawn from, and numbers (n, t) by name."""
+    return {k: v for k, v in info.items() if k in DRAWN or
+            (isinstance(v, np.ndarray) and v.shape == size and v.dtype.kind in "fiub" and k not in NO_MEASURE)}
+
+
+def _refuse_repeats(starts: dict[bytes, int], task: str, seeds: dict[int, int], obs: Obs) -> None:
+    """ValueError when the first observations (n, …) of two seeds {row: seed} are equal; starts {first observation: seed} grows."""
+    for i, seed in seeds.items():
         start = b"".join(np.ascontiguousarray(obs[k][i]).tobytes() for k in sorted(obs))
         if (other := starts.setdefault(start, seed)) != seed:
             raise ValueError(f"{task or 'the environment'} starts seeds {other} and {seed} with the same observation, so their episodes would be counted "
                              "twice. Its reset must use the seed; if it has one start only, evaluate a single episode")
 
 
-def _wave(controller: Controller, envs: "VectorEnv", seeds: Sequence[int], on_progress: Callable[[int], None],
-          check: Callable[[Sequence[int], dict[str, np.ndarray]], None]) -> tuple[list[Episode], float, list[float]]:
-    """One episode on each of the first len(seeds) copies."""
-    n, spec = len(seeds), controller.planner.spec
-    padded: Any = [*seeds, *([seeds[-1]] * (envs.num_envs - n))]  # spare copies are never looked at
-    obs, _ = envs.reset(seed=padded)
-    check(seeds, obs)
-    controller.reset(seeds)
-    controller.observe({k: np.asarray(obs[k])[:n, None] for k in spec.obs if k in obs})
-    alive, finished = np.zeros(envs.num_envs, bool), 0
-    alive[:n] = True
-    rewards: list[list[np.ndarray]] = [[] for _ in seeds]
-    states: list[list[dict[str, np.ndarray]]] = [[] for _ in seeds]
-    success, env_s, plan_s = np.zeros(n, bool), 0.0, []
-    while alive.any():
-        rows = alive[:n].nonzero()[0]
-        tick = time.perf_counter()
-        chunk = controller.plan(rows)
-        plan_s.append(time.perf_counter() - tick)
-        actions = np.zeros((envs.num_envs, *chunk.shape[1:]), np.float32)
-        actions[rows] = chunk
-        tick = time.perf_counter()
-        obs, reward, terminated, truncated, info = _step_chunk(envs, actions, alive)
-        env_s += time.perf_counter() - tick
-        over = terminated | truncated
-        for i in rows:
-            live = int(over[i].argmax()) + 1 if over[i].any() else over.shape[1]
-            rewards[i].append(reward[i, :live])
-            success[i] |= bool(info["success"][i, :live].any())
-            states[i].append({k: info[k][i, :live] for k in ("qpos", "mocap_pos") if k in info})
-        alive[rows[over[rows, -1]]] = False
-        if (keep := alive[:n].nonzero()[0]).size:
-            controller.observe({k: np.asarray(obs[k])[keep] for k in spec.obs}, keep)
-        if n - int(alive.sum()) > finished:
-            finished = n - int(alive.sum())
-            on_progress(finished)
-    merged = [{k: np.concatenate([c[k] for c in s]) for k in s[0]} for s in states]
-    return [Episode(s, bool(ok), np.concatenate(r), q) for s, ok, r, q in zip(seeds, success, rewards, merged, strict=True)], env_s, plan_s
-
-
-def _step_chunk(envs: Any, actions: np.ndarray, alive: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-    """A chunk (n, t, d) on any VectorEnv: -> obs {key: (n, t, …)}, reward, terminated, truncated (n, t), info with success (n, t)."""
+def _step_chunk(envs: Any, actions: np.ndarray, alive: np.ndarray, last: int) -> tuple[Obs, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    """A chunk (n, t, d) on any VectorEnv: -> obs {key: (n, last steps, …)}, reward, terminated, truncated (n, t), info with success (n, t)."""
     if hasattr(envs, "step_chunk"):
-        return envs.step_chunk(actions, alive)
-    rows, ended = [], ~alive
+        return envs.step_chunk(actions, alive, last=last)
+    rows: list[Any] = []
+    ended = ~alive
     for t in range(actions.shape[1]):
         obs, reward, terminated, truncated, info = envs.step(actions[:, t].astype(envs.single_action_space.dtype))
         over = terminated | truncated
         ended = ended | over  # an environment that resets itself goes on: what follows is not this episode
-        rows.append((obs, reward, ended, truncated, _won(info, terminated)))
+        rows.append((obs, reward, terminated, truncated, _said(info, terminated & ~truncated)))
         if ended.all():
             break
         if over.any() and str(envs.metadata.get("autoreset_mode")).endswith("DISABLED"):  # such a one refuses to step copies that have ended
             envs.reset(options={"reset_mask": over})
-    obs = {k: np.stack([r[0][k] for r in rows], 1) for k in rows[0][0]}
-    reward, ends, truncated, won = (np.stack([r[i] for r in rows], 1) for i in range(1, 5))
-    return obs, reward, ends, truncated, {"success": won}
+    stacked = {k: np.stack([r[0][k] for r in rows], 1) for k in rows[0][0]}
+    reward, terminated, truncated = (np.stack([r[i] for r in rows], 1) for i in (1, 2, 3))
+    names = dict.fromkeys(name for r in rows for name in r[4])
+    missing = np.full(len(alive), np.nan)
+    return stacked, reward, terminated, truncated, {name: np.stack([r[4].get(name, missing) for r in rows], 1) for name in names}
 
 
-def _won(info: dict[str, Any], terminated: np.ndarray) -> np.ndarray:
-    """Success (n,): info's success or is_success, that of the ended episode where the step has begun a new one; else termination."""
-    def said(i: dict[str, Any]) -> np.ndarray:
-        return np.asarray(i.get("success", i.get("is_success", terminated)), bool)
-    return np.where(info["_final_info"], said(info["final_info"]), said(info)) if "final_info" in info else said(info)
+def _said(info: dict[str, Any], otherwise: np.ndarray) -> dict[str, np.ndarray]:
+    """Numbers (n,) in info by name, with success: those of the ended episode where the step has begun a new one."""
+    found = {k: v for k, v in info.items() if isinstance(v, np.ndarray) and v.shape == otherwise.shape and v.dtype.kind in "fiub" and k[0] != "_"}
+    found["success"] = np.asarray(info.get("success", info.get("is_success", otherwise)), bool)
+    if "final_info" in info:
+        final = _said(info["final_info"], otherwise)
+        found = {k: np.where(info["_final_info"], final.get(k, np.nan), found.get(k, np.nan)) for k in final | found}
+    return {k: v for k, v in found.items() if k != "is_success"}
 
 
 def _single_plans(controller: Controller, n: int = 30) -> list[float]:
     """Seconds of a plan for one robot: what a controller waits for."""
-    seconds = []
-    row = np.array([0])
-    for _ in range(n + 3):
+    seconds: list[float] = []
+    row = (~controller.fresh).nonzero().flatten().numpy()[:1]
+    for _ in range(n + 3 if row.size else 0):
         tick = time.perf_counter()
-        controller.plan(row)
+        with suppress(NotFinite):
+            controller.plan(row)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - tick)

@@ -61,8 +61,7 @@ def newcombe(both: int, only_a: int, only_b: int, neither: int) -> Interval:
     lo_a, hi_a, lo_b, hi_b = a / n - lo_a, hi_a - a / n, b / n - lo_b, hi_b - b / n  # widths to either side
     margins = a * (n - a) * b * (n - b)
     odds = both * neither - only_a * only_b
-    odds = max(odds - n / 2, 0) if odds > 0 else odds
-    phi = odds / math.sqrt(margins) if margins else 0.0
+    phi = (max(odds - n / 2, 0) if odds > 0 else odds) / math.sqrt(margins) if margins else 0.0
     difference = (only_a - only_b) / n
     below, above = lo_a**2 - 2 * phi * lo_a * hi_b + hi_b**2, hi_a**2 - 2 * phi * hi_a * lo_b + lo_b**2
     return difference - math.sqrt(max(0.0, below)), difference + math.sqrt(max(0.0, above))

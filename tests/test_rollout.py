@@ -1,4 +1,4 @@
-"""Evaluation: honest intervals, distinct episodes, the same ones however many run at once and whatever vector environment runs them."""
+"""Evaluation: distinct episodes, the same ones however many run at once and whatever vector environment runs them; faults cost one each."""
 import functools
 import json
 
@@ -7,41 +7,24 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from scipy.stats import binomtest
 from torch import nn
 
 from envs.batch import BatchEnv
+from envs.copies import Copies
 from envs.gantry import Gantry
 from envs.task import TaskEnv
-from policy.control import Controller
-from policy.rollout import Episode, bootstrap, evaluate, wilson
+from policy.control import Controller, NotFinite
+from policy.episodes import Episode, smoothness
+from policy.rollout import evaluate
+from policy.stats import Z_LOOKED, enough, wilson
 from policy.types import Spec
 
 
-def test_wilson_is_scipys():
-    for n in (1, 2, 5, 10, 50, 100, 997):
-        for k in sorted({0, 1, n // 3, n // 2, n - 1, n}):
-            want = binomtest(k, n).proportion_ci(0.95, method="wilson")
-            assert wilson(k, n) == pytest.approx((want.low, want.high), abs=1e-12)
-    for k, n in ((-1, 5), (6, 5), (0, 0)):
-        with pytest.raises(ValueError, match="is not a rate"):
-            wilson(k, n)
-
-
-def test_the_bootstrap_covers_the_mean():
-    """Of 300 samples of 60 skewed scores about 95 % of the intervals hold the true mean (percentile intervals fall a little short)."""
-    rng = np.random.default_rng(0)
-    samples = rng.beta(0.5, 0.2, (300, 60))
-    found = [bootstrap(s, seed=i, draws=1000) for i, s in enumerate(samples)]
-    assert 0.90 < np.mean([lo <= 0.5 / 0.7 <= hi for lo, hi in found]) < 0.98
-    width = np.mean([hi - lo for lo, hi in found])
-    assert width == pytest.approx(2 * 1.96 * samples.std() / np.sqrt(60), rel=0.05)
-    assert bootstrap(samples[0]) == bootstrap(samples[0]) and bootstrap(np.ones(5)) == (1.0, 1.0)
-
-
 def test_a_score_is_the_best_reward_of_a_step():
-    e = Episode(3, False, np.array([-3.0, -1.0, -2.0]), {})
-    assert e.summary() == {"seed": 3, "success": False, "score": -1.0, "return": -6.0, "steps": 3}
+    e = Episode(3, False, np.array([-3.0, -1.0, -2.0]), np.zeros((3, 1)), "truncated")
+    assert e.summary() == {"seed": 3, "success": False, "score": -1.0, "return": -6.0, "steps": 3, "ended": "truncated"}
+    lost = Episode(4, False, np.zeros(0), np.zeros((0, 1)), "fault", error="it came off")
+    assert lost.summary() == {"seed": 4, "success": False, "score": None, "return": 0.0, "steps": 0, "ended": "fault", "error": "it came off"}
 
 
 class Expert(nn.Module):
@@ -149,13 +132,13 @@ def test_two_seeds_that_start_alike_are_refused(copies):
 
 
 class Walk(gymnasium.Env):
-    """Says success only in info, or not at all; ends after 3 steps."""
+    """Says success only in info, or not at all; ends after 3 steps: terminated, truncated or both."""
 
     observation_space = gymnasium.spaces.Dict({"x": gymnasium.spaces.Box(-9, 9, (1,))})
     action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float64)
 
-    def __init__(self, key: str, terminates: bool):
-        self.key, self.terminates = key, terminates
+    def __init__(self, key: str, ends: str):
+        self.key, self.ends = key, ends
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -167,23 +150,146 @@ class Walk(gymnasium.Env):
         self.k += 1
         over = self.k == 3
         info = {self.key: bool(self.start > 0) and over} if self.key else {}
-        return {"x": self.start}, 0.0, over and self.terminates, over and not self.terminates, info
+        return {"x": self.start}, 0.0, over and self.ends != "truncated", over and self.ends != "terminated", {"height": self.k * 1.5, **info}
 
 
 class Still(nn.Module):
-    def __init__(self):
+    """Plans nothing but zeros; NaN for a row whose observation is below `sick`."""
+
+    def __init__(self, sick: float = -9):
         super().__init__()
-        self.spec, self.anchor = Spec(obs={"x": (1,)}, action_dim=1, t_obs=1, horizon=4), nn.Parameter(torch.zeros(1))
+        self.spec, self.anchor, self.sick = Spec(obs={"x": (1,)}, action_dim=1, t_obs=1, horizon=4), nn.Parameter(torch.zeros(1)), sick
 
     def plan(self, obs, *, noise=None, prefix=None):
-        return torch.zeros_like(noise)
+        return torch.where(obs["x"][:, -1:] < self.sick, float("nan"), torch.zeros_like(noise))
+
+
+STARTS = np.array([Walk("", "").reset(seed=s)[0]["x"].item() for s in range(64)])
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda m: m.name)
-@pytest.mark.parametrize("key, terminates", [("success", True), ("is_success", False), ("", True), ("", False)])
-def test_success_is_what_info_says_else_termination(mode, key, terminates):
-    starts = [Walk("", True).reset(seed=s)[0]["x"] > 0 for s in range(8)]
-    envs = SyncVectorEnv([functools.partial(Walk, key, terminates)] * 3, autoreset_mode=mode)
-    found = evaluate(Controller(Still(), execute=4), envs, 8, 0).episodes
-    assert [e.success for e in found] == ([bool(s) for s in starts] if key else [terminates] * 8)
-    assert 0 < sum(map(bool, starts)) < 8 and all(len(e.reward) == 3 for e in found)
+@pytest.mark.parametrize("key, ends", [("success", "terminated"), ("is_success", "truncated"), ("success", "both"), ("", "terminated"),
+                                       ("", "truncated"), ("", "both")])
+def test_success_is_what_info_says_else_termination_before_time_is_up(mode, key, ends):
+    """With both flags at once, time was up: only info makes that a success."""
+    envs = SyncVectorEnv([functools.partial(Walk, key, ends)] * 3, autoreset_mode=mode)
+    report = evaluate(Controller(Still(), execute=4), envs, 8, 0)
+    found, otherwise = report.episodes, "truncated" if ends == "truncated" else "terminated"
+    if key:
+        assert [e.ended for e in found] == ["success" if x > 0 else otherwise for x in STARTS[:8]]
+    else:
+        assert {e.ended for e in found} == {"success" if ends == "terminated" else otherwise}
+    assert all(e.success == (e.ended == "success") and len(e.reward) == len(e.actions) == 3 for e in found)
+    assert report.metrics()["measures"] == {"height": {"max": 4.5, "min": 1.5, "last": 4.5}}
+
+
+def test_time_that_is_up_is_never_a_termination(reference):
+    """Nor is success at the very last step a truncation, though BatchEnv and TaskEnv raise both flags then."""
+    assert [e.ended for e in reference] == ["success" if e.success else "truncated" for e in reference]
+    quick = min((e for e in reference if e.success), key=lambda e: len(e.reward))
+    task = Gantry(max_steps=len(quick.reward))
+    sync = SyncVectorEnv([functools.partial(TaskEnv, task)] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
+    for envs in (BatchEnv(task, 2, threads=1), sync):
+        first, second = evaluate(Controller(Expert(task), execute=3), envs, 2, quick.seed).episodes
+        assert (first.ended, len(first.reward)) == ("success", task.max_steps) and second.ended == "truncated"
+        envs.close()
+
+
+class Sick(Walk):
+    """20 steps, success where it starts above 0. A start within .05 of -.5 raises, of 0 says NaN, in its step 6; one below -.95 at once."""
+
+    def reset(self, *, seed=None, options=None):
+        found = super().reset(seed=seed)
+        if seed is not None and self.start < -0.95:  # not in a reset of the vector environment itself
+            raise OSError("the door is shut")
+        return found
+
+    def step(self, action):
+        self.k += 1
+        if self.k == 6 and abs(self.start + 0.5) < 0.05:
+            raise RuntimeError("the arm came off")
+        x = np.full(1, np.nan, np.float32) if self.k == 6 and abs(self.start) < 0.05 else self.start
+        return {"x": x}, float(self.k), False, self.k == 20, {"success": bool(self.start > 0) and self.k == 20}
+
+
+def test_a_copy_that_fails_costs_its_own_episode():
+    """One of 64 does not answer, two come off, some see NaN; the other episodes are those of the sound environment, and the seed replays the fault."""
+    factory = functools.partial(Sick, "", "")
+    envs = Copies(factory, 40, workers=0)
+    report = evaluate(Controller(Still(), execute=4), envs, 64, 0)
+    shut, off, nan = STARTS < -0.95, abs(STARTS + 0.5) < 0.05, abs(STARTS) < 0.05
+    for e, x, *wrong in zip(report.episodes, STARTS, shut, off, nan, strict=True):
+        assert (e.ended == "fault") == any(wrong) and e.success == (x > 0 and not any(wrong))
+        assert len(e.reward) == len(e.actions) == (0 if wrong[0] else 5 if any(wrong) else 20)
+        assert ("the door is shut" in e.error, "the arm came off" in e.error, "not finite" in e.error) == tuple(wrong)
+    metrics = json.loads(json.dumps(report.metrics(), allow_nan=False))
+    assert shut.sum() and off.sum() and nan.sum() and metrics["ended"] == {
+        "success": report.wins, "terminated": 0, "truncated": 64 - report.wins - len(metrics["faults"]), "fault": (shut | off | nan).sum()}
+    assert [(f["seed"], f["step"]) for f in metrics["faults"]] == [(s, 0 if shut[s] else 5) for s in np.flatnonzero(shut | off | nan)]
+    assert metrics["success"] == report.wins / 64 and metrics["score"] == 20 and metrics["length"]["mean"] == 20
+    seed = int(np.flatnonzero(off)[0])
+    again, = evaluate(Controller(Still(), execute=4), envs, 1, seed).episodes
+    assert {**again.summary(), "error": 0} == {**report.episodes[seed].summary(), "error": 0}
+    assert again.error.partition("(seed")[2] == report.episodes[seed].error.partition("(seed")[2]  # before it, the number of the copy
+    envs.close()
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda m: m.name)
+def test_nan_in_a_plain_vector_env_costs_one_episode(mode):
+    calm = np.flatnonzero((abs(STARTS + 0.5) > 0.05) & (STARTS > -0.95))
+    seed = int(next(s for s in calm if abs(STARTS[s]) < 0.05 and s - 1 in calm and s + 1 in calm))
+    envs = SyncVectorEnv([functools.partial(Sick, "", "")] * 3, autoreset_mode=mode)
+    before, sick, after = evaluate(Controller(Still(), execute=4), envs, 3, seed - 1).episodes
+    assert (sick.ended, len(sick.reward)) == ("fault", 5) and len(before.reward) == len(after.reward) == 20
+
+
+def test_a_plan_that_is_not_finite_costs_one_episode_but_not_the_first_for_all():
+    envs = SyncVectorEnv([functools.partial(Walk, "success", "truncated")] * 8)
+    ill = np.sort(STARTS[:8])[1]
+    found = evaluate(Controller(Still(sick=ill), execute=4), envs, 8, 0).episodes
+    assert [e.ended == "fault" for e in found] == (STARTS[:8] < ill).tolist() and found[STARTS[:8].argmin()].error == "the plan is not finite"
+    with pytest.raises(NotFinite):
+        evaluate(Controller(Still(sick=9), execute=4), envs, 8, 0)
+
+
+@pytest.mark.parametrize("copies, until", [(4, 0.2), (10, 0.15), (64, 0.2), (7, 0.01)])
+def test_it_stops_at_the_first_look_that_is_enough(copies, until):
+    envs = SyncVectorEnv([functools.partial(Walk, "success", "truncated")] * copies)
+    report = evaluate(Controller(Still(), execute=4), envs, 64, 0, until=until)
+    looks = [min(n, 64) for n in range(copies, 64 + copies, copies)]
+    n = next((n for n in looks if enough(int((STARTS[:n] > 0).sum()), n, until)), 64)
+    found = report.metrics()
+    assert len(report.episodes) == n and found["seeds"] == list(range(n)) and found["success_ci"] == list(wilson(report.wins, n, Z_LOOKED))
+    assert found["until"] == {"half_width": until, "reached": until > 0.1, "most": 64, "looks": -(-n // copies), "every": copies, "z": Z_LOOKED}
+    with pytest.raises(ValueError, match=r"until=3 must be between 0 and .5"):
+        evaluate(Controller(Still(), execute=4), envs, 64, 0, until=3)
+
+
+def test_smoothness_has_the_values_of_a_staircase():
+    """Within a plan the action climbs by .1 a step, and falls by .6 where the next one takes over: after 4 steps and a delay of 2."""
+    def stairs(steps: int, delay: int) -> np.ndarray:
+        t = np.arange(steps)
+        joins = np.where(t < 4 + delay, 0, (t - delay) // 4)
+        return np.stack([0.1 * t - 0.7 * joins, np.zeros(steps)], 1).astype(np.float32)
+
+    for delay in (0, 2):
+        found = smoothness([stairs(23, delay), stairs(5, delay)], 4, delay, np.array([2.0, np.nan]), 10)
+        assert (found["inside"], found["seam"]) == pytest.approx((0.1 / 2 / 2, 0.6 / 2 / 2)) and found["seam_ratio"] == pytest.approx(6)
+    t = np.arange(50)[:, None] / 10
+    cubic = smoothness([t**3 / 6 * np.array([1, -2, 0])], 8, 0, np.array([4.0, 2.0, 0.0]), 10)  # third derivative 1, -2 and 0
+    assert cubic["jerk"] == pytest.approx([1, 2, 0], abs=1e-8) and cubic["jerk_normalised"] == pytest.approx(np.sqrt((1 / 16 + 1) / 3))
+    nothing = {"seam": None, "inside": None, "seam_ratio": None, "jerk": None, "jerk_normalised": None}
+    assert smoothness([], 8, 0, np.ones(1), 10) == smoothness([np.zeros((1, 1))], 8, 0, np.ones(1), 10) == nothing
+    assert smoothness([np.ones((9, 1))], 8, 0, np.array([np.inf]), 0) == {**nothing, "seam": 0, "inside": 0, "jerk": [0], "jerk_normalised": 0}
+
+
+def test_a_seam_is_where_the_controller_changes_plans():
+    class Ramp(Still):
+        def plan(self, obs, *, noise=None, prefix=None):
+            return torch.arange(4.0)[None, :, None].expand(len(noise), 4, 1)  # climbs by 1 a step from 0 again
+
+    for execute, delay in ((2, 0), (2, 1), (3, 1), (1, 2)):
+        envs = SyncVectorEnv([functools.partial(Sick, "", "")] * 1)
+        report = evaluate(Controller(Ramp(), execute=execute, delay=delay), envs, 1, int((STARTS > 0.5).argmax()))
+        found = report.metrics()["smoothness"]  # shares of the action range, 2
+        assert found["seam"] == pytest.approx((execute - 1) / 2) and found["inside"] == pytest.approx(0.5)
