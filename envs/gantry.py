@@ -153,6 +153,7 @@ def _clearance(start: np.ndarray, end: np.ndarray, point: np.ndarray) -> float:
 
 
 def _mjcf(pillar: bool) -> str:
+    # multiccd: whether a pillar touches in one place or in five of equal depth differs between versions of MuJoCo, and mujoco_warp knows one.
     # Contact bits: 1 world, 2 fingers, 4 the hand above them, which only the pillar can touch.
     obstacle = f"""
     <body name="pillar" mocap="true">
@@ -164,7 +165,9 @@ def _mjcf(pillar: bool) -> str:
     return f"""
 <mujoco model="gantry">
   <compiler angle="radian" autolimits="true"/>
-  <option timestep=".005" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20"/>
+  <option timestep=".005" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20">
+    <flag multiccd="disable"/>
+  </option>
   <size memory="1M"/>
   <statistic extent=".6" center="0 0 .1"/>
   <visual>
