@@ -1,10 +1,8 @@
 """Meta-World's 50 Sawyer tasks (Yu et al. 2019; package metaworld 3.0.0) with the experts it ships.
 
-The goal is visible ("multi-task" rather than "meta-learning" mode) and drawn anew, with the object's place, from every seed. What Meta-World
-keeps from one episode to the next (moved bodies, the last draw, the hand's path into its start) would make a start depend on the episodes
-before it; so every reset builds its world afresh, which takes 15 ms. In six tasks Meta-World's first observation still shows the
-object where the draw before had put it; here it shows where the object is. Success is Meta-World's own flag, once. The original never
-terminates; its limit of 500 steps is kept.
+The goal is visible ("multi-task" rather than "meta-learning" mode) and drawn anew, with the object's place, from every seed. In six tasks
+Meta-World's first observation still shows the object where the draw before had put it, up to 20 cm away; here it shows where it is.
+Success is Meta-World's own flag, once. The original never terminates; its limit of 500 steps is kept.
 """
 
 from __future__ import annotations
@@ -44,8 +42,12 @@ class MetaWorld(Adapter):
         classes = need("metaworld.env_dict", "metaworld", mujoco="<3.17").ALL_V3_ENVIRONMENTS
         if task not in classes:
             raise ValueError(f"Meta-World has no task {task!r}; it has: {', '.join(sorted(classes))}")
-        self._class, self.task, self.name, self.units = classes[task], task, f"metaworld/{task}", UNITS
-        self._world = self._build()
+        self.task, self.name, self.units, self._world = task, f"metaworld/{task}", UNITS, classes[task]()
+        # What set_task does with a goal from Meta-World's list of 50; here the goal comes from the world's own generator.
+        self._world._set_task_called, self._world._partially_observable = True, False
+        self._world._freeze_rand_vec, self._world.seeded_rand_vec = False, True
+        self._world.__dict__.pop("sawyer_observation_space", None)  # cached for the hidden goal
+        self._world.max_path_length = np.inf  # the limit is max_steps
         super().__init__(max_steps=max_steps, fps=1 / self._world.dt, render_mode=render_mode, size=size)
         self.action_space = box(-1, 1, (4,))
         bounds = self._world.sawyer_observation_space
@@ -66,19 +68,9 @@ class MetaWorld(Adapter):
 
         return act
 
-    def _build(self) -> Any:
-        world = self._class()
-        # What set_task does with a goal from Meta-World's list of 50; here the goal comes from the world's own generator.
-        world._set_task_called, world._partially_observable = True, False
-        world._freeze_rand_vec, world.seeded_rand_vec = False, True
-        world.__dict__.pop("sawyer_observation_space", None)  # cached for the hidden goal
-        world.max_path_length = np.inf  # the limit is max_steps
-        return world
-
     def _start(self, seed: int) -> tuple[Obs, bool, dict[str, float]]:
-        self._world = self._build()
         self._world.seed(seed)
-        self._world.reset()
+        self._world.reset()  # draws and moves into place twice, which is what leaves nothing of the episode before
         mujoco.mj_forward(self._world.model, self._world.data)
         now = self._world._get_curr_obs_combined_no_goal()
         self._world._prev_obs = now.copy()

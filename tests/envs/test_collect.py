@@ -78,6 +78,8 @@ def test_processes_yield_the_same_episodes_in_the_same_order():
     for one, other in zip(here, there, strict=True):
         for key in ("x", "action"):
             np.testing.assert_array_equal(one[key], other[key])
+    kicks = {round(float(each["x"][1, 0] - each["x"][0, 0]), 4) for each in here}  # the first step of each, at full speed but for the noise
+    assert len(kicks) > 3
 
 
 def test_an_expert_that_never_succeeds_is_given_up():
