@@ -236,7 +236,7 @@ def test_a_joint_alone_levels_off_at_the_data_sheets_speed(joint):
 
 
 def test_a_held_cube_neither_slips_nor_trembles():
-    """Two seconds still, then 0.4 rad there and back at 0.4 rad/s."""
+    """A second still, after one to come to rest, then 0.4 rad there and back at 0.4 rad/s."""
     task, env, joints = gripped()
     still = env.step_chunk(np.tile([*joints, 0.0], (4, 40, 1)))
     turns = np.column_stack([0.4 * np.sin(np.linspace(0, 2 * np.pi, 100)), *np.zeros((7, 100))])
@@ -248,14 +248,14 @@ def test_a_held_cube_neither_slips_nor_trembles():
         return ((qpos[..., 9:12] - position)[..., None, :] @ rotation)[..., 0, :]
 
     rest, after = in_hand(still[-1]["qpos"]), in_hand(swing[-1]["qpos"])
-    trembling, slip = np.ptp(rest, axis=1).max(), np.abs(after - rest[:, -1:]).max()
+    trembling, slip = np.ptp(rest[:, 20:], axis=1).max(), np.abs(after - rest[:, -1:]).max()
     deepest = max(depth(task.model, each[-1]["qpos"].reshape(-1, 16)) for each in (still, swing))
     print(f"\ntrembles by {1e6 * trembling:.0f} um, slips by {1e3 * slip:.2f} mm, fingers reach {1e3 * deepest:.2f} mm into the cube")
     assert still[-1]["qpos"][:, -1, 11].min() > 0.1, "it was lifted"
-    assert np.ptp(swing[-1]["qpos"][..., 0]) > 0.7 and trembling < 1e-4 and slip < 1e-3 and deepest < 2e-3
+    assert np.ptp(swing[-1]["qpos"][..., 0]) > 0.7 and trembling < 5e-5 and slip < 1e-3 and deepest < 2e-3
 
 
-@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("noise", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_expert_succeeds(noise):
     task = PandaPick()
     success, actions, elapsed = expert_run(task, 200, noise)
