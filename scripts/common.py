@@ -132,6 +132,8 @@ def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = (), simulator
     made = instantiate(node, _convert_="all")
     if simulator not in ("threads", "warp") or (simulator == "warp" and not isinstance(made, Task)):
         raise ValueError(f"simulator={simulator} does not run {env['_target_']}: use simulator=threads, or warp for a task of our own (env=gantry, env=pusht, …)")
+    if spread and (isinstance(made, Task) or not makes_one(made)):
+        raise ValueError(f"env.{next(iter(spread))} is for environments of other packages; {env['_target_']} has no worker processes")
     if isinstance(made, Task):
         return made.name, made.fps, BatchEnv(made, copies) if simulator == "threads" else _warp_env(made, copies)
     envs = Copies(made, copies, **spread) if makes_one(made) else made(copies)

@@ -131,6 +131,7 @@ def test_any_gymnasium_id_from_the_command_line():
     with initialize_config_module("conf", version_base=None):
         node = compose("eval", ["env=gym", "env.id=tests.envs.faulty:dipole-test/Faulty-v0", "+env.at=3", "+env.workers=0", "run=x"]).env
         missing = compose("eval", ["env=gym", "run=x"]).env
+        ours = compose("eval", ["env=pusht", "+env.workers=2", "run=x"]).env
     name, fps, envs = make_envs(node, 2)
     assert (name, fps, envs.num_envs) == ("faulty", 10.0, 2)
     envs.reset(seed=0)
@@ -138,6 +139,8 @@ def test_any_gymnasium_id_from_the_command_line():
     assert truncated.argmax(1).tolist() == [6, 6]
     with pytest.raises(ValueError, match=r"env.id="):
         make_envs(missing, 2)
+    with pytest.raises(ValueError, match="no worker processes"):
+        make_envs(ours, 2)
 
 
 def children(pid: int) -> list[str]:
