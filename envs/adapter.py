@@ -80,10 +80,10 @@ class Adapter(gymnasium.Env):
         render.release()
 
 
-def need(module: str, extra: str, **limits: str) -> Any:
-    """Import an optional package; limits are version specifiers of what it breaks with: need("metaworld", "metaworld", mujoco="<3.17").
+def need(module: str, install: str, **limits: str) -> Any:
+    """Import an optional package; limits are version specifiers of what it works with: need("metaworld", "pip install …", mujoco="<3.17").
 
-    ImportError names the extra to install, ValueError the package whose installed version does not fit.
+    ImportError says how to install it, ValueError which installed package does not fit.
     """
     for package, limit in limits.items():
         if not SpecifierSet(limit).contains(installed := version(package), prereleases=True):
@@ -91,7 +91,7 @@ def need(module: str, extra: str, **limits: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} does not import ({error}): pip install 'dipole[{extra}]'", name=module.partition(".")[0]) from error
+        raise ImportError(f"{module} does not import ({error}): {install}", name=module.partition(".")[0]) from error
 
 
 def seen(low: np.ndarray | float, high: np.ndarray | float, shape: tuple[int, ...]) -> gymnasium.spaces.Box:

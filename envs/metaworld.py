@@ -38,7 +38,7 @@ class MetaWorld(Adapter):
     camera = "corner2"
 
     def __init__(self, *, task: str = "pick-place-v3", max_steps: int = 500, render_mode: str | None = None, size: int = 256) -> None:
-        classes = need("metaworld.env_dict", "metaworld", mujoco="<3.17").ALL_V3_ENVIRONMENTS
+        classes = need("metaworld.env_dict", "pip install 'dipole[metaworld]'", mujoco="<3.17").ALL_V3_ENVIRONMENTS
         if task not in classes:
             raise ValueError(f"Meta-World has no task {task!r}; it has: {', '.join(sorted(classes))}")
         self.task, self.name, self.units, self._world = task, f"metaworld/{task}", UNITS, classes[task]()
@@ -57,7 +57,7 @@ class MetaWorld(Adapter):
 
     def expert(self, seed: int) -> Callable[[Obs], np.ndarray]:
         """Meta-World's own policy; it looks at the observation only."""
-        policies = need("metaworld.policies", "metaworld").ENV_POLICY_MAP
+        policies = need("metaworld.policies", "pip install 'dipole[metaworld]'").ENV_POLICY_MAP
         warnings.filterwarnings("ignore", message=r"Constant\(s\) may be too high", module="metaworld")  # they mean to be clipped
         policy = policies[self.task]()
 

@@ -26,7 +26,7 @@ def robotics(module: str, **limits: str) -> Any:
         notifications.pop("gymnasium_robotics", None)
     except ImportError:
         pass
-    return need(f"gymnasium_robotics.envs.{module}", "robotics", **limits)
+    return need(f"gymnasium_robotics.envs.{module}", "pip install 'dipole[robotics]'", **limits)
 
 
 def named(flat: np.ndarray, sizes: dict[str, int]) -> Obs:

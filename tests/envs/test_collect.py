@@ -109,9 +109,9 @@ def test_the_verb_stores_them_with_their_facts(tmp_path):
     assert not (tmp_path / "new.zarr").exists()
 
 
-def test_needing_a_package_names_the_extra_and_versions_the_pip_line():
-    with pytest.raises(ImportError, match=r"pip install 'dipole\[absent\]'") as raised:
-        need("absent_package.envs", "absent")
+def test_needing_a_package_says_how_to_install_it_and_which_version_does_not_fit():
+    with pytest.raises(ImportError, match="absent_package.envs does not import .*: pip install it") as raised:
+        need("absent_package.envs", "pip install it")
     assert raised.value.name == "absent_package"
     with pytest.raises(ValueError, match=r"math does not work with numpy \S+: pip install 'numpy<1'"):
         need("math", "sim", numpy="<1")
