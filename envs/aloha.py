@@ -91,18 +91,18 @@ class AlohaTransfer(Task):
         cube, axes, hands = q[..., 16:19], matrix(q[..., 19:23]), self.hands(q)
         height = cube[..., 2] - CUBE * xp.sum(xp.abs(axes[..., 2, :]), axis=-1)  # of the lowest corner
 
-        def touches(arm: int, side: int) -> Array:
+        def touches(arm: int) -> Array:
             at, turned = hands[arm]
-            root = at + FINGER * turned[..., 0] + q[..., 8 * arm + 6 + side, None] * turned[..., 1]
+            finger = at + FINGER * turned[..., 0] + q[..., 8 * arm + 6, None] * turned[..., 1]
             back = xp.matrix_transpose(turned)
-            return self.hulls[side].gap((back @ (cube - root)[..., None])[..., 0], back @ axes) <= 0
+            return self.hull.gap((back @ (cube - finger)[..., None])[..., 0], back @ axes) <= 0
 
         # As gym-aloha, which asks only each hand's left finger.
-        left, right, lifted = touches(0, 0), touches(1, 0), height > 0
+        left, right, lifted = touches(0), touches(1), height > 0
         done = xp.astype(lifted, q.dtype)
         stage = xp.where(left, 3 + done, xp.where(right, 1 + done, 0 * height))
         away = xp.linalg.vector_norm(cube - pinch(hands[1]), axis=-1)
-        alone = left & lifted & ~right & ~touches(1, 1) & (away > CLEAR)
+        alone = left & lifted & ~right & (away > CLEAR)
         return Outcome(stage, alone if self.release else stage == 4, {"height": height, "alone": xp.astype(alone, q.dtype)})
 
     def hands(self, qpos: Array) -> list[tuple[Array, Array]]:
@@ -114,9 +114,9 @@ class AlohaTransfer(Task):
         return [Chain(self.model, body=f"vx300s_{arm}/gripper_link") for arm in ARMS]
 
     @cached_property
-    def hulls(self) -> list[Hull]:
-        """Of a hand's left and right finger, which both hands share."""
-        return [Hull(self.model, f"vx300s_left/10_{side}_gripper_finger") for side in ("left", "right")]
+    def hull(self) -> Hull:
+        """Of the left finger, which both hands share."""
+        return Hull(self.model, "vx300s_left/10_left_gripper_finger")
 
     def expert(self, n: int, seed: int) -> AlohaExpert:
         return AlohaExpert(self, n, seed)

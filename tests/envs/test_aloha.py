@@ -147,12 +147,11 @@ def test_hands_are_where_mujoco_has_them(handed):
             assert np.abs(at - body.xpos).max() < 1e-12 and np.abs(turned.ravel() - body.xmat).max() < 1e-12
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_the_gap_says_whether_hull_and_cube_overlap(side):
+def test_the_gap_says_whether_hull_and_cube_overlap():
     """Oracle: a linear programme for how large the cube has to be for some mixture of the hull's vertices to lie in it."""
-    rng, hull, close = np.random.default_rng(side), AlohaTransfer().hulls[side], 0
+    rng, hull, close = np.random.default_rng(0), AlohaTransfer().hull, 0
     vertices = hull.vertices
-    for _ in range(300):
+    for _ in range(500):
         centre, axes = np.array([0.04, 0, 0]) + rng.uniform(-0.06, 0.06, 3), matrix(_unit(rng.normal(size=4)))
         seen = (vertices - centre) @ axes
         ones = np.ones((3, 1))
@@ -188,7 +187,7 @@ def test_release_asks_the_right_hand_to_be_gone(handed):
     first, last = touch.argmax(axis=0), gone.argmax(axis=0)
     assert touch.any(axis=0).all() and gone.any(axis=0).all() and (gone <= touch).all()
     assert (last > first + 5).all()  # the gripper has to open
-    shown = handed[last, np.arange(16)]
+    shown = handed[gone]
     assert not contacts(AlohaTransfer().model, shown.qpos)[:, 2:].any()  # neither finger of the right hand, nor the table
     assert np.linalg.norm(AlohaTransfer().observe(shown)["cube_from_right"], axis=-1).min() > 0.05
 
