@@ -252,7 +252,7 @@ def test_a_held_cube_neither_slips_nor_trembles():
     deepest = max(depth(task.model, each[-1]["qpos"].reshape(-1, 16)) for each in (still, swing))
     print(f"\ntrembles by {1e6 * trembling:.0f} um, slips by {1e3 * slip:.2f} mm, fingers reach {1e3 * deepest:.2f} mm into the cube")
     assert still[-1]["qpos"][:, -1, 11].min() > 0.1, "it was lifted"
-    assert np.ptp(swing[-1]["qpos"][..., 0]) > 0.7 and trembling < 5e-5 and slip < 1e-3 and deepest < 2e-3
+    assert np.ptp(swing[-1]["qpos"][..., 0]) > 0.7 and trembling < 1e-4 and slip < 1e-3 and deepest < 2e-3
 
 
 @pytest.mark.parametrize("noise", [pytest.param(False, marks=pytest.mark.slow), True])
