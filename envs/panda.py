@@ -40,18 +40,18 @@ class PandaPick(Task):
     def __init__(self, *, meshes: bool = False, max_steps: int = 200) -> None:
         self.meshes, self.max_steps = meshes, max_steps
         self.action_space = box([*LOW, 0.0], [*HIGH, OPEN], (8,))
-        # The joints' stops give way a little; a cube that falls off the table stays on the floor.
-        spaces = {"joints": box(np.array(LOW) - 0.1, np.array(HIGH) + 0.1, (7,)), "opening": box(-0.02, OPEN + 0.02, (1,))}
-        sizes = {"hand": 3, "hand_rotation": 6, "cube": 3, "cube_yaw": 2, "cube_from_hand": 3, "yaw_from_hand": 2, "goal": 2, "goal_from_cube": 2}
-        spaces |= {key: box(-1.1, 1.1, (size,)) if "yaw" in key or "rotation" in key else box(-5, 5, (size,)) for key, size in sizes.items()}
-        self.observation_space = gymnasium.spaces.Dict(spaces)
-        self.units = dict.fromkeys(spaces, "m") | dict.fromkeys(("hand_rotation", "cube_yaw", "yaw_from_hand"), "1")
-        self.units |= {"joints": "rad", "action": "rad, gripper m"}
+        metres = {"opening": 1, "hand": 3, "cube": 3, "cube_from_hand": 3, "goal": 2, "goal_from_cube": 2}
+        turns = {"hand_rotation": 6, "cube_yaw": 2, "yaw_from_hand": 2}
+        # The joints' stops give way a little.
+        joints = {"joints": box(np.array(LOW) - 0.1, np.array(HIGH) + 0.1, (7,))}
+        lengths, ratios = ({key: box(-most, most, (size,)) for key, size in each.items()} for each, most in ((metres, 5.0), (turns, 1.1)))
+        self.observation_space = gymnasium.spaces.Dict({**joints, **lengths, **ratios})
+        self.units = {"joints": "rad", **dict.fromkeys(metres, "m"), **dict.fromkeys(turns, "1"), "action": "rad, gripper m"}
 
     def reset(self, seed: int) -> State:
         rng = np.random.default_rng(seed)
         while True:
-            cube, goal = rng.uniform(*AREA, (2, 2))
+            cube, goal = rng.uniform(AREA[0], AREA[1], (2, 2))
             if np.linalg.norm(goal - cube) > 0.1:
                 break
         yaw = rng.uniform(-np.pi, np.pi)
@@ -65,7 +65,8 @@ class PandaPick(Task):
     def observe(self, state: State) -> Obs:
         xp, qpos, goal = namespace(state.qpos), state.qpos, state.mocap_pos[..., 0, :2]
         hand, rotation = self.arm.pose(qpos[..., :7])
-        cube, cube_yaw, hand_yaw = qpos[..., 9:12], quarter_turn(matrix(qpos[..., 12:])), quarter_turn(rotation)
+        cube = clip(qpos[..., 9:12], -2.0, 2.0)  # it may be shot off the table
+        cube_yaw, hand_yaw = quarter_turn(matrix(qpos[..., 12:])), quarter_turn(rotation)
         sideways = xp.stack([-hand_yaw[..., 1], hand_yaw[..., 0]], axis=-1)
         obs = {
             "joints": qpos[..., :7],
