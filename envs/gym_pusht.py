@@ -30,7 +30,7 @@ class GymPushT(gymnasium.Env):
     def __init__(
         self,
         *,
-        obs: Literal["keypoint", "state"] = "keypoint",
+        obs: Literal["keypoint", "image", "state", "full"] = "keypoint",
         success_coverage: float = 0.95,
         max_steps: int = 300,
         render_mode: str | None = None,
@@ -86,7 +86,7 @@ class GymPushT(gymnasium.Env):
         self._pymunk.close()
 
     def _judge(self) -> tuple[Obs, float, bool, dict[str, Any]]:
-        state = self.task.state(self.vector)
+        state = self.task.state(self.vector, velocity=np.asarray(self._pymunk.agent.velocity))
         outcome = self.task.outcome(state)
         success = bool(outcome.success)
         return self.task.observe(state), float(outcome.reward), success, {"success": success, "coverage": float(outcome.metrics["coverage"])}

@@ -46,7 +46,7 @@ KEYPOINTS = np.array(
 
 class PushT(Task):
     """obs "keypoint": `keypoint` (9, 2) and `agent_pos` (2,); "image": `image` (96, 96, 3) uint8 and `agent_pos`; "state": `state` (5,),
-    agent xy, block xy, angle in [0, 2 pi).
+    agent xy, block xy, angle in [0, 2 pi); "full": `state` and `velocity` (2,) of the finger, enough to simulate from.
 
     Reward is coverage/success_coverage, at most 1, as in the original; success is coverage above success_coverage.
     Seeds 0..205 are the first states of the 206 human demonstrations: evaluate on others (the paper: from 100000).
@@ -56,7 +56,7 @@ class PushT(Task):
     action_semantics = "absolute target position of the finger, px, clipped to the window"
 
     def __init__(
-        self, *, obs: Literal["keypoint", "image", "state"] = "keypoint", success_coverage: float = 0.95, max_steps: int = 300
+        self, *, obs: Literal["keypoint", "image", "state", "full"] = "keypoint", success_coverage: float = 0.95, max_steps: int = 300
     ) -> None:
         self.obs, self.success_coverage, self.max_steps = obs, success_coverage, max_steps
         self.action_space = box(0, 512, (2,))
@@ -67,11 +67,13 @@ class PushT(Task):
         elif obs == "image":
             spaces = {"image": gymnasium.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8), "agent_pos": box(0, 512, (2,))}
             self.units = {"image": "RGB, 0 to 255", "agent_pos": "px", "action": "px"}
-        elif obs == "state":
+        elif obs in ("state", "full"):
             spaces = {"state": box([0, 0, -128, -128, 0], [512, 512, 640, 640, 2 * np.pi], (5,))}
             self.units = {"state": "px, px, px, px, rad", "action": "px"}
+            if obs == "full":
+                spaces["velocity"], self.units["velocity"] = box(-5120, 5120, (2,)), "px/s"
         else:
-            raise ValueError(f"obs {obs!r} is unknown: use 'keypoint', 'image' or 'state'")
+            raise ValueError(f"obs {obs!r} is unknown: use 'keypoint', 'image', 'state' or 'full'")
         self.observation_space = gymnasium.spaces.Dict(spaces)
 
     def reset(self, seed: int) -> State:
@@ -102,8 +104,9 @@ class PushT(Task):
     def observe(self, state: State) -> Obs:
         vector = self.vector(state)
         xp = namespace(vector)
-        if self.obs == "state":
-            return {"state": xp.astype(xp.concat([vector[..., :4], vector[..., 4:] % (2 * np.pi)], axis=-1), xp.float32)}
+        if self.obs in ("state", "full"):
+            obs = {"state": xp.astype(xp.concat([vector[..., :4], vector[..., 4:] % (2 * np.pi)], axis=-1), xp.float32)}
+            return obs if self.obs == "state" else {**obs, "velocity": xp.astype(_unflip(state.qvel[..., :2]), xp.float32)}
         agent = xp.astype(vector[..., :2], xp.float32)
         if self.obs == "image":
             return {"image": self._pictures(state), "agent_pos": agent}
