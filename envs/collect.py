@@ -73,6 +73,21 @@ def from_env(
             return
 
 
+def attempts(task: Any, episodes: int, *, seed: int, workers: int | None = None) -> Iterator[tuple[int, int | None]]:
+    """What the expert makes of seeds seed, seed + 1, ...: each with its steps to success, or None where it fails. Without noise.
+
+    task: a Task, or a factory as `from_env` takes it.
+    """
+    if not isinstance(task, Task):
+        for at, episode in islice(_from_seeds(task, seed, 0.0, workers), episodes):
+            yield at, None if episode is None else len(episode["action"]) - KEEP
+        return
+    for first in range(seed, seed + episodes, HOPELESS):
+        seeds = list(range(first, min(first + HOPELESS, seed + episodes)))
+        found = {e["seed"]: len(e["action"]) - KEEP for e in _roll(task, task.expert(len(seeds), first), seeds, 0.0, np.random.default_rng(first))}
+        yield from ((each, found.get(each)) for each in seeds)
+
+
 def _from_seeds(factory: Callable[[], Any], seed: int, noise: Noise, workers: int | None) -> Iterator[tuple[int, Episode | None]]:
     """Seeds and their episodes, in order, None where the expert failed."""
     workers = os.cpu_count() or 1 if workers is None else workers

@@ -1,4 +1,4 @@
-"""Measure beside a baseline in one run, or fill the table of tasks: dipole bench train, samplers, rollout, suite."""
+"""Measure beside a baseline in one run, or fill the table of tasks: dipole bench train, samplers, rollout, suite, experts."""
 import importlib
 import json
 import os
@@ -15,7 +15,8 @@ from scripts.cli import words_to_overrides
 from scripts.verb import verb
 
 # Each has measure(cfg) -> rows, show(rows) and headline(rows), and is imported when it is asked for.
-BENCHES = {"train": "scripts.bench_train", "samplers": "scripts.bench_samplers", "rollout": "scripts.bench_rollout", "suite": "scripts.suite"}
+BENCHES = {"train": "scripts.bench_train", "samplers": "scripts.bench_samplers", "rollout": "scripts.bench_rollout", "suite": "scripts.suite",
+           "experts": "scripts.bench_experts"}
 
 
 @verb("bench")
