@@ -36,7 +36,7 @@ class Robosuite(Adapter):
         if task not in TASKS:
             raise ValueError(f"robosuite's task {task!r} is not set up here; use {', '.join(TASKS)}")
         logging.getLogger("robosuite_logs").addFilter(_severe)  # advice about optional files, in every process
-        suite = need("robosuite", INSTALL, mujoco=">=3.3,<3.9")
+        suite = need("robosuite", INSTALL, mujoco=">=3.3,<3.10")
         name, arms, limit = TASKS[task]
         control = suite.load_composite_controller_config(robot="Panda")
         for part in control["body_parts"].values():

@@ -101,7 +101,7 @@ def test_mistakes_are_answered(monkeypatch):
     with pytest.raises(ValueError, match="'stack' is not set up here; use lift, can, square, tool_hang, transport"):
         Robosuite(task="stack")
     monkeypatch.setattr("envs.adapter.version", lambda package: {"mujoco": "4.0.0"}[package])
-    with pytest.raises(ValueError, match=r"robosuite does not work with mujoco 4\.0\.0: pip install 'mujoco>=3\.3,<3\.9'"):
+    with pytest.raises(ValueError, match=r"robosuite does not work with mujoco 4\.0\.0: pip install 'mujoco>=3\.3,<3\.10'"):
         Robosuite()
 
 
