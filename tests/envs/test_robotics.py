@@ -43,7 +43,7 @@ def test_adroit_is_the_original_under_other_names(package, task):
     obs, _ = env.reset(seed=4)
     rng = np.random.default_rng(0)
     for _ in range(10):
-        np.testing.assert_allclose(np.concatenate([obs[key] for key in ADROIT[task]]), flat, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(np.concatenate([obs[key] for key in ADROIT[task] if key != "to_go"]), flat, rtol=1e-6, atol=1e-6)
         action = rng.uniform(-1, 1, env.action_space.shape)
         flat, reward, *_ = theirs.step(action)
         obs, ours, *_ = env.step(action)
@@ -84,15 +84,28 @@ def test_the_door_is_open_from_1_35_rad_and_that_ends_an_episode(package):
     assert env.step(np.zeros(28))[3]
 
 
-def test_recordings_are_read_and_others_refused(package, tmp_path):
+def test_to_go_says_what_is_left_of_the_opening_asked_for(package):
+    env = Adroit(opening=1.2)
+    for angle, left in ((0.0, 0.3), (1.0, 0.2), (1.3, 0.0)):
+        env.reset(seed=0)
+        state = env._world.get_env_state()
+        state["qpos"][28] = angle
+        env._world.set_env_state(state)
+        obs = env.step(np.zeros(28))[0]
+        assert abs(obs["to_go"][0] - left) < 0.04 and obs["to_go"][0] == pytest.approx(np.clip(1.2 - obs["hinge"][0], 0, 0.3), abs=1e-6)
+
+
+def test_recordings_are_read_to_the_widest_opening_and_others_refused(package, tmp_path):
     env, rng, file = Adroit(), np.random.default_rng(0), tmp_path / "door.npz"
-    flat, actions = rng.normal(size=(7, 39)), 2 * rng.normal(size=(7, 28))
-    np.savez(file, observations=flat, actions=actions, episode_ends=np.array([3, 7]))
+    flat, actions = rng.normal(size=(9, 39)), 2 * rng.normal(size=(9, 28))
+    flat[:, 28] = [0, 0.1, 0.2, 0.1, 0.5, 0.8, 1.2, 0.7, 0.1]  # the second episode is cut behind 1.2
+    np.savez(file, observations=flat, actions=actions, episode_ends=np.array([3, 9]))
     episodes = list(env.recorded(file))
     assert [len(each["action"]) for each in episodes] == [3, 4]
-    back = np.concatenate([np.concatenate([each[key] for key in ADROIT["door"]], axis=1) for each in episodes])
-    np.testing.assert_array_equal(back, flat.astype(np.float32))
-    np.testing.assert_array_equal(np.concatenate([each["action"] for each in episodes]), np.clip(actions, -1, 1).astype(np.float32))
+    back = np.concatenate([np.concatenate([each[key] for key in ADROIT["door"] if key != "to_go"], axis=1) for each in episodes])
+    np.testing.assert_array_equal(back, flat[:7].astype(np.float32))
+    np.testing.assert_array_equal(np.concatenate([each["action"] for each in episodes]), np.clip(actions[:7], -1, 1).astype(np.float32))
+    np.testing.assert_allclose(np.concatenate([each["to_go"][:, 0] for each in episodes]), [0.2, 0.1, 0, 0.3, 0.3, 0.3, 0], atol=1e-6)
     assert set(episodes[0]) == {*env.observation_space.spaces, "action"}
     with pytest.raises(ValueError, match="does not record adroit/pen"):
         list(Adroit(task="pen").recorded(file))
@@ -116,7 +129,7 @@ def test_the_human_door_demonstrations_replay(package):
             continue
         env.reset(seed=0)
         env._world.set_env_state({"qpos": starts[i], "qvel": np.zeros(30), "door_body_pos": doors[i]})
-        first = env._named(env._world._get_obs())
+        first = env._seen(env._world._get_obs(), episode["hinge"].max())
         for key, value in first.items():
             np.testing.assert_allclose(value, episode[key][0], atol=1e-5)
         angles = [env.step(action)[0]["hinge"][0] for action in episode["action"]]
