@@ -7,14 +7,13 @@ environments and a test of one. Quaternions are MuJoCo's, (w, x, y, z).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mujoco
 import numpy as np
 
-from envs.arrays import clip, like, namespace
+from envs.arrays import Array, clip, like, namespace
 
-JOINTS = {mujoco.mjtJoint.mjJNT_HINGE: "hinge", mujoco.mjtJoint.mjJNT_SLIDE: "slide"}
+JOINTS = (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE)
 
 
 class Chain:
@@ -68,7 +67,7 @@ class Chain:
                 moves[0, j, :3, 3] = axis
         return np.stack([np.stack(frames), *(np.stack(frames) @ moves)])
 
-    def _joint_frames(self, q: Any) -> list[Any]:
+    def _joint_frames(self, q: Array) -> list[Array]:
         """World frames (..., 4, 4) after each joint, at its anchor, and last the tip's."""
         xp = namespace(q)
         home, hinge, frames = like(self.home, q), like(self._hinge, q), like(self._frames, q)
@@ -80,16 +79,16 @@ class Chain:
             world.append(world[-1] @ local[..., j, :, :])
         return [*world, world[-1] @ frames[0, -1]]
 
-    def pose(self, q: Any) -> tuple[Any, Any]:
+    def pose(self, q: Array) -> tuple[Array, Array]:
         """Joint positions (..., k) -> position (..., 3) m and rotation matrix (..., 3, 3) of the point in the world."""
         tip = self._joint_frames(q)[-1]
         return tip[..., :3, 3], tip[..., :3, :3]
 
-    def jacobian(self, q: Any) -> Any:
+    def jacobian(self, q: Array) -> Array:
         """(..., k) -> (..., 6, k): the point's velocity, then its angular velocity, in world axes, per joint velocity."""
         return self._pose_and_jacobian(q)[2]
 
-    def _pose_and_jacobian(self, q: Any) -> tuple[Any, Any, Any]:
+    def _pose_and_jacobian(self, q: Array) -> tuple[Array, Array, Array]:
         xp = namespace(q)
         *joints, tip = self._joint_frames(q)
         frames, hinge = xp.stack(joints, axis=-3), like(self._hinge, q)[:, None]
@@ -99,9 +98,9 @@ class Chain:
         return tip[..., :3, 3], tip[..., :3, :3], xp.matrix_transpose(columns)
 
     def solve(
-        self, q: Any, position: Any, rotation: Any = None, *, steps: int = 20, damping: float = 0.1, max_step: float = 0.5,
-        rest: Any = None, pull: float = 0.1,
-    ) -> Any:  # fmt: skip
+        self, q: Array, position: Array, rotation: Array = None, *, steps: int = 20, damping: float = 0.1, max_step: float = 0.5,
+        rest: Array = None, pull: float = 0.1,
+    ) -> Array:  # fmt: skip
         """Joint positions (..., k) within the limits that bring the point to position (..., 3) and, if given, rotation (..., 3, 3).
 
         From q, `steps` times: dq = J' (J J' + lambda^2)^-1 e, lambda = damping * |e| (m and rad alike), so that a far or unreachable target moves
@@ -130,7 +129,7 @@ class Chain:
         return q
 
 
-def _least_squares(jacobian: Any, error: Any, drift: Any, damping: float) -> Any:
+def _least_squares(jacobian: Array, error: Array, drift: Array, damping: float) -> Array:
     """drift (..., k) and on top of it the smallest damped step that leaves J step = error (..., r)."""
     xp = namespace(error)
     back = xp.matrix_transpose(jacobian)
@@ -139,7 +138,7 @@ def _least_squares(jacobian: Any, error: Any, drift: Any, damping: float) -> Any
     return drift + (back @ xp.linalg.solve(jacobian @ back + slack * like(np.eye(error.shape[-1]), error), left))[..., 0]
 
 
-def matrix(quaternion: Any) -> Any:
+def matrix(quaternion: Array) -> Array:
     """Unit quaternions (..., 4) as rotation matrices (..., 3, 3)."""
     xp = namespace(quaternion)
     w, x, y, z = (quaternion[..., i] for i in range(4))
@@ -151,7 +150,7 @@ def matrix(quaternion: Any) -> Any:
     return xp.stack([xp.stack(row, axis=-1) for row in rows], axis=-2)
 
 
-def quaternion(matrix: Any) -> Any:
+def quaternion(matrix: Array) -> Array:
     """Rotation matrices (..., 3, 3) as unit quaternions (..., 4) with w >= 0."""
     xp = namespace(matrix)
     m = [[matrix[..., i, j] for j in range(3)] for i in range(3)]
@@ -172,14 +171,14 @@ def quaternion(matrix: Any) -> Any:
     return best / xp.linalg.vector_norm(best, axis=-1, keepdims=True)
 
 
-def multiply(a: Any, b: Any) -> Any:
+def multiply(a: Array, b: Array) -> Array:
     """The quaternion (..., 4) of first b, then a."""
     xp = namespace(a)
     w, v, u, r = a[..., :1], a[..., 1:], b[..., :1], b[..., 1:]
     return xp.concat([w * u - xp.sum(v * r, axis=-1, keepdims=True), w * r + u * v + xp.linalg.cross(v, r)], axis=-1)
 
 
-def rotation_vector(matrix: Any) -> Any:
+def rotation_vector(matrix: Array) -> Array:
     """Rotation matrices (..., 3, 3) as axis times angle (..., 3), angle in [0, pi] rad."""
     xp = namespace(matrix)
     q = quaternion(matrix)
@@ -187,7 +186,7 @@ def rotation_vector(matrix: Any) -> Any:
     return 2 * q[..., 1:] * xp.where(length > 1e-9, xp.atan2(length, q[..., :1]) / clip(length, 1e-9), 1.0 + 0 * length)
 
 
-def from_rotation_vector(vector: Any) -> Any:
+def from_rotation_vector(vector: Array) -> Array:
     """Axis times angle (..., 3) rad as unit quaternions (..., 4)."""
     xp = namespace(vector)
     angle = xp.linalg.vector_norm(vector, axis=-1, keepdims=True)
@@ -195,7 +194,7 @@ def from_rotation_vector(vector: Any) -> Any:
     return xp.concat([xp.cos(angle / 2), sine * vector], axis=-1)
 
 
-def slerp(start: Any, end: Any, share: Any) -> Any:
+def slerp(start: Array, end: Array, share: Array) -> Array:
     """The unit quaternion (..., 4) that share (..., 1) in [0, 1] of the shorter way from start to end reaches at constant speed."""
     xp = namespace(start)
     cosine = xp.sum(start * end, axis=-1, keepdims=True)
@@ -217,7 +216,7 @@ def _find(model: mujoco.MjModel, kind: mujoco.mjtObj, name: str) -> int:
     return int(i)
 
 
-def _transform(position: Any, quat: Any) -> np.ndarray:
+def _transform(position: Array, quat: Array) -> np.ndarray:
     frame = np.eye(4)
     frame[:3, :3], frame[:3, 3] = matrix(np.asarray(quat, float)), position
     return frame
