@@ -12,7 +12,6 @@ from functools import lru_cache
 from itertools import count, islice
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 from envs.simulator import Simulator, State
@@ -121,7 +120,7 @@ def _made(factory: bytes) -> Any:
     return pickle.loads(factory)()
 
 
-def run(env: gymnasium.Env | Any, seed: int, noise: Noise = None) -> Episode | None:
+def run(env: Any, seed: int, noise: Noise = None) -> Episode | None:
     """The expert's episode from this seed, KEEP steps beyond success, as `demonstrations` yields it; None when it fails."""
     obs, _ = env.reset(seed=seed)
     act, rng = env.expert(seed), np.random.default_rng(seed)

@@ -104,10 +104,10 @@ CONTACT, BEHIND = 0.045, 0.075  # m, hand to the cube's middle while it pushes, 
 def push(obs: Obs) -> np.ndarray:
     """Over to the place behind the cube as seen from the goal, down, and along the line to the goal."""
     hand, cube, way = obs["hand"], obs["object"], obs["goal_from_object"][:2]
-    length = np.linalg.norm(way)
+    length = float(np.linalg.norm(way))
     ahead = way / max(length, 1e-6)
     left = np.array([-ahead[1], ahead[0]])
-    along, side = (hand - cube)[:2] @ ahead, (hand - cube)[:2] @ left
+    along, side = float((hand - cube)[:2] @ ahead), float((hand - cube)[:2] @ left)
     if along < -0.03 and abs(side) < 0.02 and hand[2] < LOW + 0.02:
         step = ahead * (min(length, 0.03) - CONTACT - along) - 1.5 * side * left
         return _act(np.append(step, LOW - hand[2]), 0.0, 0.7)

@@ -50,7 +50,7 @@ class MetaWorld(Adapter):
         super().__init__(max_steps=max_steps, fps=1 / self._world.dt, render_mode=render_mode, size=size)
         self.action_space = box(-1, 1, (4,))
         bounds = self._world.sawyer_observation_space
-        spaces = {key: seen(bounds.low[a:b], bounds.high[a:b], (b - a,)) for key, (a, b) in FRAME.items()}
+        spaces: dict[str, gymnasium.spaces.Space] = {key: seen(bounds.low[a:b], bounds.high[a:b], (b - a,)) for key, (a, b) in FRAME.items()}
         spaces |= {key: seen(-np.inf, np.inf, (3,)) for key in ("object1_from_hand", "goal_from_object1", "object2_from_object1")}
         spaces |= {"goal": seen(bounds.low[GOAL], bounds.high[GOAL], (3,)), "previous": seen(bounds.low[18:36], bounds.high[18:36], (18,))}
         self.observation_space = gymnasium.spaces.Dict(spaces)

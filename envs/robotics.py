@@ -112,10 +112,10 @@ class Adroit(_Named):
             if missing := {"observations", "actions", "episode_ends"} - set(file):
                 raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; a recording has observations (n, D), actions (n, d), episode_ends (e,)")
             flat, actions, ends = (file[key] for key in ("observations", "actions", "episode_ends"))
-        width = self._world.observation_space.shape[0]
-        if flat.shape[1:] != (width,) or actions.shape != (len(flat), *self.action_space.shape) or ends[-1] != len(flat):
+        width: int = self._world.observation_space.shape[0]
+        if flat.shape[1:] != (width,) or actions.shape != (len(flat), self._world.action_space.shape[0]) or ends[-1] != len(flat):
             raise ValueError(f"{path} does not record {self.name}: observations {flat.shape}, actions {actions.shape}, {ends[-1]} frames in episodes")
-        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
             rows, opening = flat[start:end], 0.0
             if self.task == "door":
                 opening = rows[:, HINGE].max()

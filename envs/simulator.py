@@ -10,20 +10,22 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from envs.arrays import Array
+
 QPOS, QVEL, QACC, CTRL = (int(getattr(mujoco.mjtWarning, f"mjWARN_BAD{name}")) for name in ("QPOS", "QVEL", "QACC", "CTRL"))
 BAD = {QPOS: "qpos", QVEL: "qvel", QACC: "qacc", CTRL: "ctrl"}
 
 
 @dataclass(frozen=True)
 class State:
-    """MuJoCo states with any leading axes, float64.
+    """MuJoCo states with any leading axes: numpy float64, on mujoco_warp torch float32.
 
     qpos: (..., nq)   qvel: (..., nv)   mocap_pos: (..., nmocap, 3) m, bodies that only a reset moves: goals, obstacles.
     """
 
-    qpos: np.ndarray
-    qvel: np.ndarray
-    mocap_pos: np.ndarray
+    qpos: Array
+    qvel: Array
+    mocap_pos: Array
 
     def __getitem__(self, index: Any) -> State:
         return State(self.qpos[index], self.qvel[index], self.mocap_pos[index])

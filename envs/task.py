@@ -11,6 +11,7 @@ import mujoco
 import numpy as np
 
 from envs import render
+from envs.arrays import Array
 from envs.simulator import Simulator, State
 
 __all__ = ["Outcome", "State", "Task", "TaskEnv", "make"]
@@ -52,7 +53,7 @@ class Task:
         """One initial state, without leading axes: a pure function of the seed."""
         raise NotImplementedError
 
-    def control(self, action: np.ndarray) -> np.ndarray:
+    def control(self, action: Array) -> Array:
         """Actions (..., d) as MuJoCo controls (..., nu)."""
         raise NotImplementedError
 
@@ -95,7 +96,10 @@ def box(low: Any, high: Any, shape: tuple[int, ...]) -> gymnasium.spaces.Box:
 def make(task: str, render_mode: str | None = None, size: int = 256, **options: Any) -> TaskEnv:
     """The entry point behind gymnasium.make: task is "module:Class", options are the task's own arguments."""
     module, _, name = task.partition(":")
-    return TaskEnv(getattr(import_module(module), name)(**options), render_mode=render_mode, size=size)
+    cls = getattr(import_module(module), name)
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise ValueError(f"{task!r} names no Task: give 'module:Class' of a subclass of envs.task.Task")
+    return TaskEnv(cls(**options), render_mode=render_mode, size=size)
 
 
 class TaskEnv(gymnasium.Env):
@@ -138,6 +142,8 @@ class TaskEnv(gymnasium.Env):
         if self._state is None:
             raise RuntimeError("no episode is running: call reset first")
         self._state = self._simulator.run(np.zeros(1, int), self.task.control(checked))[:, 0]
+        if np.isnan(self._state.qpos).any():
+            raise RuntimeError(self._simulator.why(0))
         self._elapsed += 1
         reward, success, info = self._judge()
         return self._observe(), reward, success, self._elapsed >= self.task.max_steps, info

@@ -122,9 +122,9 @@ class Worlds:
 @warp.kernel
 def _count(nefc: warp.array[int], nacon: warp.array[int], ncollision: warp.array[int], needed: warp.array[int]):
     world = warp.tid()
-    warp.atomic_max(needed, 0, nefc[world])
+    warp.atomic_max(needed, 0, nefc[world])  # type: ignore[call-overload]
     if world == 0:
-        warp.atomic_max(needed, 1, warp.max(nacon[0], ncollision[0]))
+        warp.atomic_max(needed, 1, warp.max(nacon[0], ncollision[0]))  # type: ignore[call-overload]
 
 
 class WarpEnv(ChunkEnv):
@@ -266,17 +266,19 @@ class WarpEnv(ChunkEnv):
 
 
 def guess_room(task: Task, episodes: int = 8, steps: int = 60) -> Room:
-    """Twice the most that a few episodes of random play need in C MuJoCo."""
-    model, rng = task.model, np.random.default_rng(0)
+    """Twice the most that a few episodes of random play, straight from target to target, need in C MuJoCo."""
+    model, rng, space = task.model, np.random.default_rng(0), task.action_space
     data, contacts, constraints = mujoco.MjData(model), 4, 8
     for seed in range(episodes):
-        state = task.reset(seed)
+        state, targets = task.reset(seed), rng.uniform(space.low, space.high, (steps // 20 + 1, *task.action_shape))
+        mujoco.mj_resetData(model, data)
         data.qpos[:], data.qvel[:], data.mocap_pos[:] = state.qpos, state.qvel, state.mocap_pos
-        for k in range(steps * task.substeps):
-            if k % (5 * task.substeps) == 0:
-                data.ctrl[:] = task.control(rng.uniform(task.action_space.low, task.action_space.high).astype(float))
-            mujoco.mj_step(model, data)
-            contacts, constraints = max(contacts, data.ncon), max(constraints, data.nefc)
+        for k in range(steps):
+            i, s = k // 20, k % 20 / 20
+            data.ctrl[:] = task.control((1 - s) * targets[i] + s * targets[i + 1])
+            for _ in range(task.substeps):
+                mujoco.mj_step(model, data)
+                contacts, constraints = max(contacts, data.ncon), max(constraints, data.nefc)
     return Room(2 * contacts, 2 * constraints)
 
 

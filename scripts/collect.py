@@ -38,7 +38,7 @@ def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, work
             found = from_env(task, episodes, seed=seed, noise=noise, workers=workers)
         else:
             found = islice(facts.recorded(recording), episodes)
-    schema = {**{k: (v.shape, v.dtype) for k, v in facts.observation_space.spaces.items()}, "action": (facts.action_space.shape, "float32")}
+    schema: dict[str, Any] = {**{k: (v.shape, v.dtype) for k, v in facts.observation_space.spaces.items()}, "action": (facts.action_space.shape, "float32")}
     store = Store.create(path, schema, fps=fps, units=facts.units, action_semantics=facts.action_semantics,
                          attrs={"task": facts.name, **({"expert": "scripted", "first_seed": seed} if recording is None else {"expert": "recorded"})})
     with bar() as progress:
