@@ -88,8 +88,11 @@ def test_observations_by_hand():
     np.testing.assert_allclose(obs["agent_pos"], [10, 20], atol=1e-4)
     state = PushT(obs="state").observe(task.state(vector))["state"]
     np.testing.assert_allclose(state, [10, 20, 100, 200, 1.5 * np.pi], atol=1e-4)
-    with pytest.raises(ValueError, match="'keypoint' or 'state'"):
-        PushT(obs="image")  # type: ignore[arg-type]
+    full = PushT(obs="full").observe(task.state(vector, velocity=np.array([300.0, -70.0])))
+    np.testing.assert_allclose(full["velocity"], [300, -70], atol=1e-3)
+    assert (full["state"] == state).all()
+    with pytest.raises(ValueError, match="'keypoint', 'image', 'state' or 'full'"):
+        PushT(obs="pixels")  # type: ignore[arg-type]
 
 
 def test_reward_is_coverage_over_the_threshold():

@@ -15,7 +15,7 @@ from envs.pusht import PushT, to_world
 from envs.simulator import State
 from envs.task import TaskEnv
 
-CASES = [("PushT", {}), ("PushT", {"obs": "state"}), ("Gantry", {}), ("Gantry", {"pillar": True})]
+CASES = [("PushT", {}), ("PushT", {"obs": "state"}), ("PushT", {"obs": "full"}), ("Gantry", {}), ("Gantry", {"pillar": True})]
 
 
 @pytest.mark.gl
