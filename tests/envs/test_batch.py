@@ -4,21 +4,14 @@ import numpy as np
 import pytest
 
 from envs.batch import BatchEnv
-from envs.gantry import Gantry
 from envs.pusht import GOAL, PushT
-from envs.task import TaskEnv
-
-TASKS = [PushT(success_coverage=2.0), Gantry(max_steps=300), Gantry(pillar=True, max_steps=300)]
-
-
-def by_name(task):
-    return f"{task.name}{'-pillar' if getattr(task, 'pillar', False) else ''}"
+from envs.task import Task, TaskEnv
+from tests.envs.own import endless, own_tasks, random_actions
 
 
-def random_actions(task, n: int, t: int, seed: int = 0) -> np.ndarray:
-    """Each held for five steps, so that bodies travel and meet."""
-    low, high = task.action_space.low, task.action_space.high
-    return np.random.default_rng(seed).uniform(low, high, (n, -(-t // 5), len(low))).repeat(5, axis=1)[:, :t]
+@pytest.fixture(params=own_tasks())
+def task(request) -> Task:
+    return endless(own_tasks()[request.param], 300)
 
 
 def near_the_goal(task: PushT, far: bool = False) -> np.ndarray:
@@ -37,7 +30,6 @@ def finishing_batch(threads=2) -> tuple[BatchEnv, np.ndarray]:
     return env, np.tile(target, (3, 8, 1))
 
 
-@pytest.mark.parametrize("task", TASKS, ids=by_name)
 def test_batch_equals_single_bit_for_bit(task):
     n, t = 3, 300
     actions = random_actions(task, n, t)
@@ -59,7 +51,6 @@ def test_batch_equals_single_bit_for_bit(task):
     assert np.ptp(info["qpos"], axis=1).max() > 0.05
 
 
-@pytest.mark.parametrize("task", TASKS, ids=by_name)
 def test_chunks_equal_steps(task):
     actions = random_actions(task, 4, 24, seed=1)
     chunked, stepped = BatchEnv(task, 4, threads=2), BatchEnv(task, 4, threads=1)
@@ -74,7 +65,6 @@ def test_chunks_equal_steps(task):
             assert all((i[key] == info[key][:, k]).all() for key in i if key != "error")
 
 
-@pytest.mark.parametrize("task", TASKS, ids=by_name)
 def test_nothing_survives_a_reset(task):
     actions = random_actions(task, 2, 60, seed=2)
     used, fresh = BatchEnv(task, 2), BatchEnv(task, 2)
