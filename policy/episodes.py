@@ -78,7 +78,7 @@ class Report:
         ends = Counter(e.ended for e in self.episodes)
         env, plan = self.env_s / max(self.wall_s, 1e-9), sum(self.plan_s) / max(self.wall_s, 1e-9)
         return {
-            "task": self.task, "episodes": n, "seeds": [e.seed for e in self.episodes],
+            "task": self.task, "fps": self.fps, "episodes": n, "seeds": [e.seed for e in self.episodes],
             "success": self.wins / n, "success_ci": list(wilson(self.wins, n, Z_LOOKED if self.looked else Z)),
             "score": mean(score), "score_ci": list(mean_interval(score)) if sound else None,
             "return": mean(total), "length": {"mean": mean(length), "success": mean(won)},

@@ -1,6 +1,6 @@
 """Plots as SVG text, for pages that open from disk: no matplotlib, light and dark by the page's style, numbers on hover.
 
-Classes the page's style gives a look: grid, curve, band, whisker, dot, unit, key; a colour class (c1, c2, good, bad, none) sets --c.
+Classes the page's style gives a look: grid, curve, band, whisker, dot, unit, key; a colour class (c1 to c6, good, bad, none) sets --c.
 """
 import math
 from collections.abc import Iterable, Sequence
@@ -113,12 +113,12 @@ def plot(title: str, series: Iterable[Series], *, x: str, log: bool = False, uni
     across = [v for s in series for v in s.x]
     frame = Frame(*((0.0, max(across)) if unit and max(across) > 0 else padded(across)), y0, y1, log)
     keys = "".join(f'<span class="key {s.colour}"><small>{escape(s.name)}</small></span>' for s in series if s.name)
-    drawn = "".join(draw(frame, s) for s in series)
+    drawn = "".join(draw(frame, s, x) for s in series)
     return (f'<div class="card"><h3>{escape(title)}{keys}<small>{escape(note)}</small></h3><svg viewBox="0 0 {W} {H}" role="img" '
             f'aria-label="{escape(title)}">{frame.y_axis()}{frame.x_axis(x)}{drawn}</svg></div>')
 
 
-def draw(frame: Frame, s: Series) -> str:
+def draw(frame: Frame, s: Series, x: str) -> str:
     def path(points: Iterable[tuple[float, float]]) -> str:
         return " ".join(f"{frame.x(px):.1f},{frame.y(py):.1f}" for px, py in points)
 
@@ -129,7 +129,7 @@ def draw(frame: Frame, s: Series) -> str:
     dots = "".join(
         f'<line class="whisker" x1="{frame.x(px):.1f}" x2="{frame.x(px):.1f}" y1="{frame.y(lo):.1f}" y2="{frame.y(hi):.1f}"/>'
         f'<circle class="dot" cx="{frame.x(px):.1f}" cy="{frame.y(py):.1f}" r="4"><title>{escape(s.name)} {number(py)} '
-        f'({number(lo)} – {number(hi)}) after {number(px)} CPU-minutes</title></circle>'
+        f'({number(lo)} – {number(hi)}) at {number(px)} {escape(x)}</title></circle>'
         for px, py, lo, hi in zip(s.x, s.y, s.lo, s.hi, strict=True))
     return f'<g class="{s.colour}">{line}{dots}</g>'
 
@@ -147,3 +147,39 @@ def tiles(items: Sequence[tuple[float, str, str]], *, x: str, bins: int = 25) ->
         f'<rect class="unit {colour}" x="{LEFT + i * width:.1f}" y="{frame.y(j + 1):.1f}" width="{width:.1f}" height="{height:.1f}">'
         f"<title>{escape(hover)}</title></rect>" for i, stack in enumerate(stacks) for j, (_, colour, hover) in enumerate(stack))
     return f'<svg viewBox="0 0 {frame.w} {frame.h}" role="img" aria-label="{escape(x)}">{frame.y_axis()}{frame.x_axis(x)}{drawn}</svg>'
+
+
+def forest(rows: Sequence[tuple[str, float, float, float, str]], *, x: str) -> str:
+    """Differences (name, value, lo, hi, words) below each other, with their intervals, about a line at 0."""
+    reach = max(0.02, *(1.05 * abs(v) for _, *values, _ in rows for v in values))
+    left, right, each, w = 230, 210, 34, 2 * W
+    h = each * len(rows) + TOP + BOTTOM
+
+    def at(value: float) -> float:
+        return left + (w - left - right) * (value + reach) / (2 * reach)
+
+    lines = "".join(f'<line class="grid" x1="{at(v):.1f}" x2="{at(v):.1f}" y1="{TOP}" y2="{h - BOTTOM}"/>'
+                    f'<text x="{at(v):.1f}" y="{h - BOTTOM + 15}" text-anchor="middle">{number(v)}</text>' for v in ticks(-reach, reach, 8))
+    zero = f'<line class="zero" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="{TOP}" y2="{h - BOTTOM}"/>'
+    drawn = ""
+    for i, (name, value, lo, hi, words) in enumerate(rows):
+        y, colour = TOP + each * (i + 0.5), "good" if lo > 0 else "bad" if hi < 0 else "none"
+        drawn += (f'<g class="{colour}"><text x="{left - 14}" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
+                  f'<line class="whisker" x1="{at(lo):.1f}" x2="{at(hi):.1f}" y1="{y}" y2="{y}"/><circle class="dot" cx="{at(value):.1f}" cy="{y}" r="5"/>'
+                  f'<text x="{w - right + 14}" y="{y + 4}">{escape(words)}</text></g>')
+    return (f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{escape(x)}">{lines}{zero}{drawn}'
+            f'<text x="{w - right}" y="{h - 3}" text-anchor="end">{escape(x)}</text></svg>')
+
+
+def matrix(rows: Sequence[tuple[str, Sequence[bool]]], columns: Sequence[object]) -> str:
+    """Who succeeded (name, (n,)) on which of the columns (n,): green or red, columns named on hover."""
+    left, each, w = 160, 26, 2 * W
+    width = (w - left - RIGHT) / max(1, len(columns))
+    drawn = ""
+    for j, column in enumerate(columns):
+        cells = "".join(f'<rect class="unit {"good" if won[j] else "bad"}" x="{left + j * width:.2f}" y="{TOP + i * each}" width="{width:.2f}" '
+                        f'height="{each - 4}"/>' for i, (_, won) in enumerate(rows))
+        said = ", ".join(f"{name} {'success' if won[j] else 'failure'}" for name, won in rows)
+        drawn += f"<g><title>{escape(f'seed {column}: {said}')}</title>{cells}</g>"
+    names = "".join(f'<text x="{left - 12}" y="{TOP + i * each + 15}" text-anchor="end">{escape(name)}</text>' for i, (name, _) in enumerate(rows))
+    return f'<svg viewBox="0 0 {w} {TOP + each * len(rows)}" role="img" aria-label="successes by seed">{names}{drawn}</svg>'

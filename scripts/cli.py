@@ -14,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TAKES_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
                "--experimental-rerun", "--info", "-i"}  # hydra's options whose next word is not ours
+TAKES_FOLDERS = {"compare": "runs"}  # tasks whose further bare words are this list
 LAUNCHERS = {"slurm": "submitit_slurm", "local": "submitit_local"}
 
 
@@ -28,7 +29,7 @@ def verbs(folder: Path = HERE) -> dict[str, str]:
 
 
 def words_to_overrides(argv: list[str]) -> list[str]:
-    """`info path=x` -> `do=info path=x`: a bare word names the task within the verb.
+    """`info path=x` -> `do=info path=x`: a bare word names the task within the verb. `compare a b` -> `do=compare runs=['a','b']`.
 
     `dipole` does it to sys.argv, and so does each verb's `__main__` block, so that `python scripts/data.py info` is the same command:
     `sys.argv[1:] = words_to_overrides(sys.argv[1:])`. Raises SystemExit on a second bare word, which hydra would refuse with a riddle.
@@ -36,14 +37,25 @@ def words_to_overrides(argv: list[str]) -> list[str]:
     out: list[str] = []
     words: list[str] = []
     for i, arg in enumerate(argv):
-        bare = arg and "=" not in arg and not arg.startswith(("-", "~")) and (i == 0 or argv[i - 1] not in TAKES_VALUE)
+        folders = bool(words) and words[0] in TAKES_FOLDERS
+        bare = arg and not arg.startswith(("-", "~")) and (i == 0 or argv[i - 1] not in TAKES_VALUE) \
+            and ("=" not in arg or (folders and is_path(arg)))
         if bare:
             words.append(arg)
-        out.append(f"do={arg}" if bare else quoted(arg))
+        if not (bare and folders):
+            out.append(f"do={arg}" if bare else quoted(arg))
+    if words and words[0] in TAKES_FOLDERS:
+        return [*out, f"{TAKES_FOLDERS[words[0]]}=[{','.join(map(in_quotes, words[1:]))}]"]
     if len(words) > 1:
         raise SystemExit(f"dipole: one bare word at most, got {' and '.join(map(repr, words))}. "
                          f"Settings are written key=value, like {words[-1]}=…")
     return out
+
+
+def is_path(arg: str) -> bool:
+    """Whether `a/policy-sampler=heun` is the folder of an evaluation, not a setting."""
+    before = arg.partition("=")[0]
+    return Path(arg).exists() or ("/" in before and not before.startswith("hydra/"))
 
 
 def quoted(arg: str) -> str:
@@ -52,7 +64,11 @@ def quoted(arg: str) -> str:
     if key in ("hydra.launcher", "hydra/launcher"):
         return f"hydra/launcher={LAUNCHERS.get(value, value)}"
     plain = value.isascii() or arg.startswith("-") or value[:1] in "'\"[{"
-    return arg if plain else key + equals + "'" + value.replace("'", "\\'") + "'"
+    return arg if plain else key + equals + in_quotes(value)
+
+
+def in_quotes(value: str) -> str:
+    return "'" + value.replace("'", "\\'") + "'"
 
 
 def usage() -> str:

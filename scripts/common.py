@@ -6,22 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
 
 from policy.control import Controller
 from policy.data.store import Store
 from policy.data.windows import TrajectoryDataset
+from policy.episodes import Report
 from policy.planner import Planner
 from policy.report import write_report
-from policy.rollout import Report, evaluate
+from policy.rollout import evaluate
 from policy.train import checkpoint
 from policy.train.log import bar, console
 from policy.types import Spec
-from scripts import sweep
+from scripts import films, sweep
 
 LEARNED = ("padding_loss", "obs_noise", "normalize", "t_obs", "horizon", "data", "train")
 PLANNER = ("encoder", "net", "schedule", "denoiser", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
@@ -146,11 +149,13 @@ def _warp_env(task: Any, copies: int):
 
 
 def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, seed: int, copies: int, videos: int,
-            extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Evaluate, write metrics.json and videos into folder, return the metrics."""
+            until: float | None = None, video_seeds: Sequence[int] | None = None, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Evaluate, write metrics.json, actions.npz and videos into folder, return the metrics. until: see policy.rollout.evaluate."""
     for key, value in {"episodes": episodes, "copies": copies}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{key}={value!r} must be a whole number from 1")
+    if lost := sorted(set(video_seeds or ()) - set(range(seed, seed + episodes))):
+        raise ValueError(f"video_seeds={lost} are not among the seeds to be evaluated, {seed} to {seed + episodes - 1}")
     name, fps, envs = make_envs(cfg.env, min(copies, episodes), list(cfg.trust), cfg.get("simulator", "threads"))
     try:
         space = envs.single_observation_space
@@ -159,23 +164,35 @@ def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, s
         planner.spec.check({k: v.shape for k, v in space.spaces.items()}, envs.single_action_space.shape[0], fps, name)
         with bar() as progress:
             task = progress.add_task("roll out", total=episodes, note="")
-            report = evaluate(Controller(planner, **cfg.control), envs, episodes, seed, task=name, on_progress=lambda n: progress.update(task, completed=n))
+            report = evaluate(Controller(planner, **cfg.control), envs, episodes, seed, task=name, until=until,
+                              on_progress=lambda n: progress.update(task, completed=n))
         metrics = {**report.metrics(), **(extra or {}), "videos": [], "command": command(), "sampler": plain(cfg.sampler), "control": plain(cfg.control)}
+        tell_faults(metrics, folder)
         save_json(folder / "metrics.json", metrics)
-        if videos and hasattr(envs, "render_states"):
+        save_actions(folder / "actions.npz", report)
+        if (videos or video_seeds) and films.drawable(envs):
             try:
-                metrics["videos"] = write_videos(report, envs, folder, videos, fps)
-            except (ImportError, RuntimeError, OSError, mujoco_errors()) as e:  # the numbers are worth more than the pictures
-                console.print(f"[yellow]no videos: {e}. The results are saved; `dipole doctor` says how to get a GL backend[/]")
+                metrics |= films.write_videos(films.choose(report.episodes, videos, video_seeds), envs, folder, fps)
+            except Exception as e:  # of whatever kind: foreign environments draw in their own ways, and the numbers are worth more than the pictures
+                console.print(f"[yellow]no videos: {escape(str(e))}. The results are saved; `dipole doctor` says how to get a GL backend[/]")
             save_json(folder / "metrics.json", metrics)
     finally:
         envs.close()
     return metrics
 
 
-def mujoco_errors() -> type[Exception]:
-    import mujoco
-    return mujoco.FatalError
+def tell_faults(metrics: dict[str, Any], folder: Path) -> None:
+    """Print which seeds broke off and the command that replays the first; each fault in the metrics gets its own."""
+    said = overrides() if HydraConfig.get().job.config_name == "eval" else []
+    kept = [o for o in said if o.split("=")[0] not in ("do", "run", "seed", "episodes", "until", "out", "video_seeds", "delays", "runs")]
+    for fault in metrics["faults"]:
+        fault["replay"] = shlex.join(["dipole", "eval", f"run={metrics.get('run', folder)}", f"seed={fault['seed']}", "episodes=1", *kept])
+    for fault in metrics["faults"][:5]:
+        why = (fault["error"].strip().splitlines() or [""])[-1]
+        console.print(f"[yellow]seed {fault['seed']} broke off after {fault['step']} steps[/]: {escape(why)}", highlight=False)
+    if metrics["faults"]:
+        console.print(f"{len(metrics['faults'])} of {metrics['episodes']} episodes broke off and count as failures. Look at one again: "
+                      f"{escape(metrics['faults'][0]['replay'])}", highlight=False)
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
@@ -185,32 +202,31 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def write_videos(report: Report, envs: Any, folder: Path, count: int, fps: float) -> list[dict[str, Any]]:
-    """mp4 of up to `count` episodes: failures first (they teach most) up to half, the rest successes."""
-    import imageio.v3 as iio
-    failed, won = [e for e in report.episodes if not e.success], [e for e in report.episodes if e.success]
-    few = failed[: max(count // 2, count - len(won))]
-    chosen = few + won[: count - len(few)]
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
-    for old in (folder / "videos").glob("seed_*.mp4"):
-        old.unlink()
-    made = []
-    with bar() as progress:
-        task = progress.add_task("videos", total=len(chosen), note="")
-        for e in chosen:
-            frames = envs.render_states(**e.states, size=256)
-            file = f"videos/seed_{e.seed}.mp4"
-            iio.imwrite(folder / file, frames, fps=fps, codec="libx264", macro_block_size=16)
-            made.append({"file": file, "seed": e.seed, "success": e.success, "score": e.score})
-            progress.advance(task)
-    return made
+def save_actions(path: Path, report: Report) -> None:
+    """What was sent in every episode, so that any of them can be played again without the policy: seeds (n,), steps (n,), actions (sum, d)."""
+    acted = [e.actions for e in report.episodes if len(e.actions)]
+    part = path.with_suffix(".part.npz")
+    np.savez_compressed(part, seeds=[e.seed for e in report.episodes], steps=[len(e.actions) for e in report.episodes],
+                        actions=np.concatenate(acted) if acted else np.zeros((0, len(report.action_range)), np.float32))
+    part.replace(path)
+
+
+def load_actions(path: Path) -> dict[int, np.ndarray]:
+    """{seed: actions (t, d)} of an evaluation."""
+    with np.load(path) as saved:
+        parts = np.split(saved["actions"], np.cumsum(saved["steps"])[:-1])
+        return dict(zip(saved["seeds"].tolist(), parts, strict=True))
 
 
 def result_line(metrics: dict[str, Any]) -> str:
     lo, hi = metrics["success_ci"]
-    low, high = metrics["score_ci"]
-    return (f"{metrics['task']}: success {metrics['success']:.1%} [{lo:.1%}, {hi:.1%}], score {metrics['score']:.3f} [{low:.3f}, {high:.3f}] "
-            f"over {metrics['episodes']} distinct seeds; one plan {metrics['plan_ms']['p50']:.1f} ms")
+    low, high = metrics["score_ci"] or (float("nan"),) * 2
+    until, score, plan = metrics.get("until"), metrics["score"], metrics["plan_ms"]["p50"]
+    return (f"{metrics['task']}: success {metrics['success']:.1%} [{lo:.1%}, {hi:.1%}], "
+            + ("" if score is None else f"score {score:.3f} [{low:.3f}, {high:.3f}] ") + f"over {metrics['episodes']} distinct seeds"
+            + (f", {len(metrics['faults'])} of them broke off" if metrics["faults"] else "")
+            + (f", {'enough for' if until['reached'] else 'not yet'} ± {until['half_width']:.1%}" if until else "")
+            + ("" if plan is None else f"; one plan {plan:.1f} ms"))
 
 
 def command() -> str:

@@ -1,6 +1,7 @@
 """Roll a trained planner out on distinct seeds: dipole eval run=outputs/gantry episodes=100 sampler=heun."""
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,12 @@ from omegaconf import DictConfig
 
 from policy.train import checkpoint
 from scripts import common, sweep
+from scripts.cli import words_to_overrides
+from scripts.compare import compare
+from scripts.delay import delay
 from scripts.verb import verb
+
+NOT_IN_NAME = ("do", "run", "runs", "checkpoint", "videos", "video_seeds", "copies", "out", "threads", "device", "resume", "delays", "naive")
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -20,7 +26,9 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     planner.guides = checkpoint.guides(common.plain(cfg.guide), list(cfg.trust))
     torch.manual_seed(cfg.seed)  # a stochastic sampler's draws
     out = sweep.own(Path(cfg.out)) if cfg.out else folder / "eval" / result_name(cfg.checkpoint)
-    metrics = common.rollout(planner, cfg, out, episodes=cfg.episodes, seed=cfg.seed, copies=cfg.copies, videos=cfg.videos,
+    episodes = cfg.episodes if cfg.episodes is not None else 100 if cfg.until is None else 2000
+    metrics = common.rollout(planner, cfg, out, episodes=episodes, seed=cfg.seed, copies=cfg.copies, videos=cfg.videos, until=cfg.until,
+                             video_seeds=cfg.video_seeds,
                              extra={"run": str(folder), "checkpoint": cfg.checkpoint, "step": facts["step"], "cpu_s": facts["cpu_s"]})
     common.write_start(out, cfg)
     if (folder / "train.jsonl").exists():
@@ -31,17 +39,26 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 def result_name(checkpoint: str) -> str:
     """policy, or policy-sampler=heun-episodes=20: another evaluation of a run goes to another folder, the same one replaces its result."""
-    said = [o for o in common.overrides() if o.split("=")[0] not in ("run", "checkpoint", "videos", "copies", "out", "threads", "device", "resume")]
+    said = [o for o in common.overrides() if o.split("=")[0] not in NOT_IN_NAME]
     return re.sub(r"[^\w.=+-]+", "_", "-".join([checkpoint, *sorted(said)]))
 
 
 @verb("eval")
 def main(cfg: DictConfig) -> dict[str, Any]:
+    if cfg.do not in (None, "compare", "delay"):
+        raise ValueError(f"dipole eval {cfg.do} is unknown; use dipole eval run=FOLDER, dipole eval compare FOLDER FOLDER or dipole eval delay "
+                         "run=FOLDER. Settings are written key=value")
+    if cfg.do == "compare":
+        return compare(cfg, evaluate)
     if not cfg.run:
         raise ValueError("which run? Name its folder: dipole eval run=FOLDER")
     folder = Path(cfg.run)
-    return evaluate(common.of_run(cfg, folder), folder)
+    cfg = common.of_run(cfg, folder)
+    if cfg.do == "delay":
+        return delay(cfg, folder, Path(cfg.out) if cfg.out else folder / "eval" / result_name(f"delay-{cfg.checkpoint}"), evaluate)
+    return evaluate(cfg, folder)
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = words_to_overrides(sys.argv[1:])
     main()

@@ -51,6 +51,9 @@ def test_an_unknown_verb_names_the_closest_one():
     (["--cfg", "job", "train"], ["--cfg", "job", "do=train"]),  # hydra's options keep their words
     (["--config-name", "other", "-cd", "folder"], ["--config-name", "other", "-cd", "folder"]),
     ([], []),
+    (["compare", "a b", "out=c", "it's"], ["do=compare", "out=c", "runs=['a b','it\\'s']"]),
+    (["compare", "a/eval/policy", "a/eval/policy-sampler=heun", "hydra/launcher=joblib"],  # evaluations are called so
+     ["do=compare", "hydra/launcher=joblib", "runs=['a/eval/policy','a/eval/policy-sampler=heun']"]),
 ])
 def test_a_bare_word_becomes_do(argv, expected):
     assert cli.words_to_overrides(argv) == expected

@@ -21,15 +21,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "policy.stats": (),
     "policy.episodes": ("policy.stats",),
     "policy.rollout": ("policy.control", "policy.episodes"),
+    "policy.lanes": ("policy.rollout",),
     "policy.serve": ("policy.control",),
     "policy.train": ("policy.planner", "policy.rollout"),
     "policy.rl": ("policy.planner", "policy.rollout", "policy.train"),
     "policy.svg": (),
-    "policy.report": ("policy.svg", "policy.train"),
+    "policy.page": ("policy.svg",),
+    "policy.report": ("policy.page", "policy.train"),
     "policy.compare": ("policy.report", "policy.stats"),
     "policy": (),
     "envs": (),
-    "scripts": ("policy.compare", "policy.rl", "policy.serve", "envs"),
+    "scripts": ("policy.compare", "policy.lanes", "policy.rl", "policy.serve", "envs"),
 }
 SIMULATORS = ("gymnasium", "mujoco", "mujoco_warp")
 CONFIG = ("hydra", "omegaconf")

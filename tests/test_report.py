@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from policy.report import with_cost, write_report
+from policy.page import with_cost
+from policy.report import write_report
 from policy.svg import curve, number, ticks
 
 VOID = {"meta", "br", "img", "input", "link"}
@@ -107,7 +108,7 @@ def test_every_episode_is_one_tile_that_names_its_seed(run):
 
 def test_score_is_drawn_against_the_cpu_minutes_spent_before_it(run):
     html, _ = page(run)
-    assert "score 0.5 (0.4 – 0.6) after 10 CPU-minutes" in html and "score 0.9 (0.8 – 1) after 30 CPU-minutes" in html
+    assert "score 0.5 (0.4 – 0.6) at 10 CPU-minutes" in html and "score 0.9 (0.8 – 1) at 30 CPU-minutes" in html
 
 
 def test_an_evaluation_row_may_carry_its_own_cost():
