@@ -1,0 +1,31 @@
+"""Evaluation in lanes: the same episodes in the same order, a fault or an error of one lane told as evaluate tells it."""
+import numpy as np
+import pytest
+
+from envs.batch import BatchEnv
+from policy.control import Controller
+from policy.lanes import evaluate_in_lanes
+from policy.rollout import evaluate
+from tests.test_rollout import TASK, Expert
+
+
+def lanes(n: int, copies: int):
+    return [(Controller(Expert(TASK), execute=3), BatchEnv(TASK, copies, threads=1)) for _ in range(n)]
+
+
+def test_the_same_episodes_in_the_same_order():
+    seen: list[int] = []
+    alone = evaluate(*lanes(1, 9)[0], 9, 50)
+    for n in (1, 2, 4):
+        report = evaluate_in_lanes(lanes(n, 3), 9, 50, task="gantry", on_progress=seen.append)
+        assert [e.seed for e in report.episodes] == list(range(50, 59))
+        assert [e.summary() for e in report.episodes] == [e.summary() for e in alone.episodes]
+        assert all(np.array_equal(a.states["qpos"], b.states["qpos"]) for a, b in zip(report.episodes, alone.episodes, strict=True))
+        assert report.metrics()["steps"] == alone.metrics()["steps"] and seen[-1] == 9
+
+
+def test_what_a_lane_raises_is_raised():
+    both = lanes(2, 3)
+    both[1][1].reset = lambda **_: (_ for _ in ()).throw(RuntimeError("lane two broke"))
+    with pytest.raises(RuntimeError, match="lane two broke"):
+        evaluate_in_lanes(both, 6, 50)
