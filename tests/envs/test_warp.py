@@ -20,7 +20,8 @@ from envs.maze import Maze
 from envs.pusht import PushT
 from envs.simulator import State
 from envs.task import Task
-from envs.warp import Room, WarpEnv
+from envs.warp import WarpEnv, closed_loop
+from envs.worlds import Room
 from policy.control import Controller
 from policy.rollout import evaluate
 from policy.types import Spec
@@ -197,7 +198,8 @@ def test_what_cannot_be_simulated_or_is_missing_is_told(monkeypatch):
     with pytest.raises(ValueError, match="arrays 'jax' is unknown"):
         WarpEnv(PushT(), 2, arrays="jax")  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "mujoco_warp", None)
-    monkeypatch.delitem(sys.modules, "envs.warp")
+    for module in ("envs.warp", "envs.worlds"):
+        monkeypatch.delitem(sys.modules, module)
     with pytest.raises(ImportError, match=r"pip install dipole\[warp\]"):
         importlib.import_module("envs.warp")
 
@@ -232,3 +234,20 @@ def test_simulator_is_chosen_by_name():
         make_envs(maze, 2, simulator="gpu")
     with pytest.raises(ValueError, match=r"simulator=warp does not run envs\.gym_pusht"):
         make_envs(third, 2, simulator="warp")
+
+
+def test_closed_loop_counts_the_steps_of_every_episode():
+    task, seen = Maze(max_steps=5), []
+
+    def plan(obs: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(obs["position"])
+        return torch.zeros(len(obs["position"]), 4, 2, device=obs["position"].device)
+
+    env = WarpEnv(task, 3)
+    assert closed_loop(env, plan, t_obs=2, execute=3, chunks=4) == 3 * (5 + 5)
+    starts = numpy_of(State.stack([task.reset(seed) for seed in range(3)]).qpos)
+    for k in (0, 2):  # before the first chunk, and after the two that an episode takes
+        np.testing.assert_allclose(numpy_of(seen[k]), np.repeat(starts[:, None], 2, axis=1), atol=1e-6)
+    assert all(positions.shape == (3, 2, 2) for positions in seen)
+    with pytest.raises(ValueError, match="t_obs=4 is more than execute=3"):
+        closed_loop(env, plan, t_obs=4, execute=3, chunks=1)
