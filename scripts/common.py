@@ -134,7 +134,7 @@ def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = (), simulator
     spread = {key: node.pop(key) for key in ("workers", "timeout") if key in node}
     made = instantiate(node, _convert_="all")
     if simulator not in ("threads", "warp") or (simulator == "warp" and not isinstance(made, Task)):
-        raise ValueError(f"simulator={simulator} does not run {env['_target_']}: use simulator=threads, or warp for a task of our own (env=gantry, env=pusht, …)")
+        raise ValueError(f"simulator={simulator} does not run {env['_target_']}: use simulator=threads; warp is for a task of our own (env=gantry, …)")
     if spread and (isinstance(made, Task) or not makes_one(made)):
         raise ValueError(f"env.{next(iter(spread))} is for environments of other packages; {env['_target_']} has no worker processes")
     if isinstance(made, Task):

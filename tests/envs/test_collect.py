@@ -110,7 +110,7 @@ def test_the_verb_stores_them_with_their_facts(tmp_path):
 
 
 def test_needing_a_package_says_how_to_install_it_and_which_version_does_not_fit():
-    with pytest.raises(ImportError, match="absent_package.envs does not import .*: pip install it") as raised:
+    with pytest.raises(ImportError, match=r"absent_package.envs does not import .*: pip install it") as raised:
         need("absent_package.envs", "pip install it")
     assert raised.value.name == "absent_package"
     with pytest.raises(ValueError, match=r"math does not work with numpy \S+: pip install 'numpy<1'"):

@@ -36,7 +36,7 @@ TOLERANCE = {
     # Nor between a box and a mesh, and gym-aloha's contacts are so hard that the cube lies 0.1 um deep: it jitters. The arms' joints keep to ROUNDING.
     "aloha_transfer": {"median": 5e-4, "most": 5e-3, "other": 1.0},
 }
-ALONE = {"pusht": 1e-3, "maze": 1e-3, "panda_pick": 1e-2}  # in the median world, after 300 steps of random play of its own
+ALONE = {"gantry": 1e-3, "gantry-pillar": 1e-3, "aloha_transfer": 1.0}  # in the median world during 300 steps; others 1e-4
 FAST = {"pusht", "maze"}
 TASKS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in own_tasks()]
 
@@ -70,7 +70,7 @@ def test_300_steps_alone(name):
     wrong = np.abs(info["qpos"] - states.qpos[:, 1:]).max(axis=2)
     print(name, "after 100, 200, 300 steps, each world:", *(f"{wrong[:, k]}" for k in (99, 199, 299)))
     assert info["error"].tolist() == [None] * 4 and truncated[:, -1].all() and not truncated[:, :-1].any()
-    assert np.median(wrong.max(axis=1)) < ALONE.get(name, np.inf)
+    assert np.median(wrong.max(axis=1)) < ALONE.get(name, 1e-4)
 
 
 def both(**options) -> tuple[WarpEnv, BatchEnv, np.ndarray]:
@@ -186,6 +186,22 @@ def test_evaluate_finds_the_same_success(task, episodes):
     (ours, theirs) = ([(episode.seed, episode.success, len(episode.reward)) for episode in each] for each in reports)
     assert [each[:2] for each in ours] == [each[:2] for each in theirs] and all(success for _, success, _ in ours)
     assert all(abs(a[2] - b[2]) <= 2 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in own_tasks() if "pusht" not in name])
+def test_experts_do_the_same_there(name):
+    task, n, seen = own_tasks()[name](), 16, []
+    for env in (BatchEnv(task, n), WarpEnv(task, n, arrays="numpy")):
+        (obs, _), expert, over = env.reset(seed=1000), task.expert(n, 3), np.zeros(n, bool)
+        while not over.all():
+            obs, _, terminated, truncated, info = env.step(expert.act(obs))
+            over = terminated | truncated
+        seen.append((info["success"], info["elapsed"]))
+        env.close()
+    (ours, steps), (theirs, other) = seen
+    assert ours.all() and theirs.all()
+    assert (np.abs(steps - other) <= 2).mean() > 0.8, (steps, other)  # another contact may cost a second grasp
 
 
 def test_what_cannot_be_simulated_or_is_missing_is_told(monkeypatch):
