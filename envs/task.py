@@ -16,22 +16,23 @@ from envs.simulator import Simulator, State
 
 __all__ = ["Outcome", "State", "Task", "TaskEnv", "make"]
 
-Obs = dict[str, np.ndarray]
+Obs = dict[str, Array]
 
 
 class Outcome(NamedTuple):
-    """What a state is worth; every array has the state's leading axes."""
+    """What a state is worth; every array has the state's leading axes and is of its kind, numpy or torch."""
 
-    reward: np.ndarray  # float64
-    success: np.ndarray  # bool
-    metrics: dict[str, np.ndarray]  # float64, by name
+    reward: Array  # float64
+    success: Array  # bool
+    metrics: dict[str, Array]  # floats, by name
 
 
 class Task:
     """A task is its MJCF plus pure functions over arrays of MuJoCo states; it holds no simulation.
 
-    A subclass sets the attributes and writes mjcf, reset, control, observe and outcome. observe and outcome take a State
-    with any leading axes, (n, ...) or (n, t, ...), and keep them. Adding one: this class in a new file, one line in conf/env/.
+    A subclass sets the attributes and writes mjcf, reset, control, observe and outcome. control, observe and outcome take numpy or torch
+    (envs.arrays: xp = namespace(x), constants by like(...)) on any device, float32 or float64, with any leading axes, (n, ...) or
+    (n, t, ...), answer in kind and change no input. Adding one: this class in a new file, one line in conf/env/.
     """
 
     name: str
@@ -65,13 +66,13 @@ class Task:
         """Reward, success and metrics together, because they share their costly parts."""
         raise NotImplementedError
 
-    def reward(self, state: State) -> np.ndarray:
+    def reward(self, state: State) -> Array:
         return self.outcome(state).reward
 
-    def success(self, state: State) -> np.ndarray:
+    def success(self, state: State) -> Array:
         return self.outcome(state).success
 
-    def metrics(self, state: State) -> dict[str, np.ndarray]:
+    def metrics(self, state: State) -> dict[str, Array]:
         return self.outcome(state).metrics
 
     def expert(self, n: int, seed: int) -> Any:
