@@ -48,7 +48,7 @@ class AlohaTransfer(Task):
         "absolute targets of the left arm's waist, shoulder, elbow, forearm roll, wrist angle and wrist rotation, rad, and gripper, 0 closed to 1 open;"
         " then the right arm's, all clipped to the joints' ranges"
     )
-    expert_noise = ((0.01,) * 6 + (0.0,)) * 2
+    expert_noise = ((0.005,) * 6 + (0.0,)) * 2
 
     def __init__(self, *, release: bool = False, max_steps: int = 400) -> None:
         self.release, self.max_steps = release, max_steps
@@ -150,21 +150,20 @@ class AlohaExpert:
         """obs {key: (n, ...)} -> actions (n, 14)."""
         cube, grips = obs["cube"].astype(float), obs["agent_pos"][:, [6, 13]]
         near = np.stack([np.linalg.norm(obs[f"cube_from_{arm}"], axis=1) for arm in ARMS])
-        around, (has, had) = near < 0.008, (near < 0.035) & (grips.T < 0.63)  # a gripper around the cube closes no further than .61
+        around, (has, had) = near < 0.008, (near < 0.025) & (grips.T < 0.63)  # a gripper around the cube closes no further than .61
         ready = had & (np.linalg.norm(cube - MEET, axis=1) < 0.015)
         (beside, slow), (above, careful) = self._approach(obs, 0, 0.1), self._approach(obs, 1, 0.08)
-        take, give = (MEET - obs[f"cube_from_{arm}"] for arm in ARMS)  # the cube comes there, however it is held
-        wait, leave = (np.broadcast_to(MEET - way, cube.shape) for way in (0.1 * self.ahead[0], 0.12 * self.ahead[1]))
+        middle, wait, leave = (np.broadcast_to(place, cube.shape) for place in (MEET, MEET - 0.1 * self.ahead[0], MEET - 0.12 * self.ahead[1]))
         left = [  # (when, where to, gripper, pace), the first that applies
-            (has, take, 0, 1.0),
+            (has, middle, 0, 1.0),
             (around[0], cube, 0, 1.0),
             (ready, beside, 1, slow),
             (~has, wait, 1, 1.0),
         ]
         right = [
             (has & (grips[:, 1] > 0.75), leave, 1, 1.0),
-            (has, give, 1, 1.0),
-            (had, give, 0, 1.0),
+            (has, middle, 1, 1.0),
+            (had, middle, 0, 1.0),
             (around[1], cube, 0, 1.0),
             (~has, above, 1, careful),
         ]
@@ -176,7 +175,7 @@ class AlohaExpert:
         along = way @ ahead
         aligned = np.linalg.norm(way - along[:, None] * ahead, axis=1) < 0.01
         left = np.where(aligned, np.maximum(along - 0.02, 0), distance)
-        return obs["cube"] - left[:, None] * ahead, np.where(aligned, 0.35, 1.0)
+        return obs["cube"] - left[:, None] * ahead, np.where(aligned, 0.5, 1.0)
 
     def _move(self, arm: int, obs: Obs, phases: list[tuple]) -> list[np.ndarray]:
         """Joints (n, 6) and gripper (n, 1) told next."""
