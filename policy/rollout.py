@@ -29,6 +29,14 @@ def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int
     Episode i is the same whatever the number of copies, for a deterministic sampler. ValueError when two seeds start the same episode,
     NotFinite when not one of the first plans is finite.
     """
+    report = play(controller, envs, episodes, seed, task=task, until=until, on_progress=on_progress)
+    report.plan_one_s = single_plans(controller)
+    return report
+
+
+def play(controller: Controller, envs: "VectorEnv", episodes: int, seed: int, *, task: str = "", until: float | None = None,
+         on_progress: Callable[[int], None] = lambda done: None) -> Report:
+    """`evaluate` without the plans for a single robot that it times at the end."""
     if until is not None and not 0 < until < 0.5:
         raise ValueError(f"until={until} must be between 0 and .5: half the width of the interval of success, .03 for ± 3 %")
     start, space = time.perf_counter(), envs.single_action_space
@@ -40,7 +48,6 @@ def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int
         wave = list(range(seed + done, seed + min(done + envs.num_envs, episodes)))
         _wave(controller, envs, wave, report, starts, lambda finished, done=done: on_progress(done + finished))  # type: ignore[misc]
     report.wall_s = time.perf_counter() - start
-    report.plan_one_s = _single_plans(controller)
     return report
 
 
@@ -186,7 +193,7 @@ def _said(info: dict[str, Any], otherwise: np.ndarray) -> dict[str, np.ndarray]:
     return {k: v for k, v in found.items() if k != "is_success"}
 
 
-def _single_plans(controller: Controller, n: int = 30) -> list[float]:
+def single_plans(controller: Controller, n: int = 30) -> list[float]:
     """Seconds of a plan for one robot: what a controller waits for."""
     seconds: list[float] = []
     row = (~controller.fresh).nonzero().flatten().numpy()[:1]

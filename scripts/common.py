@@ -1,5 +1,6 @@
 """What the verbs share: the run folder, the configuration a run was trained with, environments, videos, the result's files."""
 import json
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from policy.control import Controller
 from policy.data.store import Store
 from policy.data.windows import TrajectoryDataset
 from policy.episodes import Report
+from policy.lanes import evaluate_in_lanes
 from policy.planner import Planner
 from policy.report import write_report
-from policy.rollout import evaluate
 from policy.train import checkpoint
 from policy.train.log import bar, console
 from policy.types import Spec
@@ -116,8 +117,8 @@ def check_task(cfg: DictConfig, spec: Spec) -> None:
             raise ValueError(f"{cfg.data.path} is not a recording of {task.name}: {wrong}. Name the task it comes from with env=…, or none with env=none")
 
 
-def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = (), simulator: str = "threads"):
-    """conf/env/*.yaml -> (name, control rate [Hz], vector environment).
+def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = (), simulator: str = "threads", lanes: int = 1):
+    """conf/env/*.yaml -> (name, control rate [Hz], vector environment). lanes: how many of these will share the cores.
 
     A node yields a task; or what makes one gymnasium.Env (envs.copies.makes_one), with `workers` and `timeout` for envs.copies.Copies if it
     names them; or a function of the number of copies that makes a VectorEnv.
@@ -137,9 +138,10 @@ def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = (), simulator
         raise ValueError(f"simulator={simulator} does not run {env['_target_']}: use simulator=threads; warp is for a task of our own (env=gantry, …)")
     if spread and (isinstance(made, Task) or not makes_one(made)):
         raise ValueError(f"env.{next(iter(spread))} is for environments of other packages; {env['_target_']} has no worker processes")
+    cores = max(1, (os.cpu_count() or 1) // lanes)
     if isinstance(made, Task):
-        return made.name, made.fps, BatchEnv(made, copies) if simulator == "threads" else _warp_env(made, copies)
-    envs = Copies(made, copies, **spread) if makes_one(made) else made(copies)
+        return made.name, made.fps, BatchEnv(made, copies, threads=cores) if simulator == "threads" else _warp_env(made, copies)
+    envs = Copies(made, copies, **{"workers": cores, **spread}) if makes_one(made) else made(copies)
     return getattr(envs, "name", env["_target_"]), float(envs.metadata.get("render_fps", 0)), envs
 
 
@@ -151,12 +153,15 @@ def _warp_env(task: Any, copies: int):
 def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, seed: int, copies: int, videos: int,
             until: float | None = None, video_seeds: Sequence[int] | None = None, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """Evaluate, write metrics.json, actions.npz and videos into folder, return the metrics. until: see policy.rollout.evaluate."""
-    for key, value in {"episodes": episodes, "copies": copies}.items():
+    lanes = cfg.get("lanes", 1)
+    for key, value in {"episodes": episodes, "copies": copies, "lanes": lanes}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{key}={value!r} must be a whole number from 1")
     if lost := sorted(set(video_seeds or ()) - set(range(seed, seed + episodes))):
         raise ValueError(f"video_seeds={lost} are not among the seeds to be evaluated, {seed} to {seed + episodes - 1}")
-    name, fps, envs = make_envs(cfg.env, min(copies, episodes), list(cfg.trust), cfg.get("simulator", "threads"))
+    share = -(-min(copies, episodes) // lanes)
+    made = [make_envs(cfg.env, share, list(cfg.trust), cfg.get("simulator", "threads"), lanes) for _ in range(min(lanes, episodes))]
+    name, fps, envs = made[0]
     try:
         space = envs.single_observation_space
         if not hasattr(space, "spaces"):
@@ -164,8 +169,8 @@ def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, s
         planner.spec.check({k: v.shape for k, v in space.spaces.items()}, envs.single_action_space.shape[0], fps, name)
         with bar() as progress:
             task = progress.add_task("roll out", total=episodes, note="")
-            report = evaluate(Controller(planner, **cfg.control), envs, episodes, seed, task=name, until=until,
-                              on_progress=lambda n: progress.update(task, completed=n))
+            report = evaluate_in_lanes([(Controller(planner, **cfg.control), each) for _, _, each in made], episodes, seed, task=name, until=until,
+                                       on_progress=lambda n: progress.update(task, completed=n))
         metrics = {**report.metrics(), **(extra or {}), "videos": [], "command": command(), "sampler": plain(cfg.sampler), "control": plain(cfg.control)}
         tell_faults(metrics, folder)
         save_json(folder / "metrics.json", metrics)
@@ -177,7 +182,8 @@ def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, s
                 console.print(f"[yellow]no videos: {escape(str(e))}. The results are saved; `dipole doctor` says how to get a GL backend[/]")
             save_json(folder / "metrics.json", metrics)
     finally:
-        envs.close()
+        for _, _, each in made:
+            each.close()
     return metrics
 
 

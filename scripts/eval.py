@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from policy.nets.fast import quick
 from policy.train import checkpoint
 from scripts import common, sweep
 from scripts.cli import words_to_overrides
@@ -15,7 +16,7 @@ from scripts.compare import compare
 from scripts.delay import delay
 from scripts.verb import verb
 
-NOT_IN_NAME = ("do", "run", "runs", "checkpoint", "videos", "video_seeds", "copies", "out", "threads", "device", "resume", "delays", "naive")
+NOT_IN_NAME = ("do", "run", "runs", "checkpoint", "videos", "video_seeds", "copies", "out", "threads", "lanes", "device", "resume", "delays", "naive")
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -23,6 +24,10 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(cfg.threads)
     planner, facts = checkpoint.load(folder, cfg.checkpoint, device=str(checkpoint.pick_device(cfg.device)), trust=list(cfg.trust))
     planner.set_sampler(**checkpoint.sampling(common.plain(cfg.sampler), list(cfg.trust)))
+    if cfg.precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision={cfg.precision} is unknown; use fp32 or bf16")
+    if cfg.precision == "bf16":
+        planner.denoiser.net = quick(planner.denoiser.net)
     planner.guides = checkpoint.guides(common.plain(cfg.guide), list(cfg.trust))
     torch.manual_seed(cfg.seed)  # a stochastic sampler's draws
     out = sweep.own(Path(cfg.out)) if cfg.out else folder / "eval" / result_name(cfg.checkpoint)

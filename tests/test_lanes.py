@@ -7,6 +7,7 @@ from policy.control import Controller
 from policy.lanes import evaluate_in_lanes
 from policy.rollout import evaluate
 from tests.test_rollout import TASK, Expert
+from tests.test_scripts import SHORT, metrics, refused, run, shell  # noqa: F401  (fixtures)
 
 
 def lanes(n: int, copies: int):
@@ -29,3 +30,18 @@ def test_what_a_lane_raises_is_raised():
     both[1][1].reset = lambda **_: (_ for _ in ()).throw(RuntimeError("lane two broke"))
     with pytest.raises(RuntimeError, match="lane two broke"):
         evaluate_in_lanes(both, 6, 50)
+
+
+def test_eval_in_lanes_and_in_bf16(shell, run):  # noqa: F811
+    found = {}
+    for name, more in {"plain": [], "lanes": ["lanes=2"], "bf16": ["lanes=2", "precision=bf16"]}.items():
+        done = shell("eval", "run=run", f"out={name}", *SHORT, *more)
+        assert done.code == 0, done.err
+        assert [e["seed"] for e in metrics(shell, name)["per_episode"]] == [100000, 100001, 100002]
+        with np.load(shell.folder / name / "actions.npz") as kept:
+            found[name] = kept["actions"]
+    assert np.abs(found["lanes"] - found["plain"]).max() < 1e-5  # metres
+    assert 1e-6 < np.abs(found["bf16"] - found["plain"]).max() < 0.02
+    refused(shell("eval", "run=run", "precision=fp8", *SHORT), "precision=fp8", "use fp32 or bf16")
+    refused(shell("eval", "run=run", "lanes=0", *SHORT), "lanes=0")
+    refused(shell("eval", "run=run", "until=0.1", "lanes=2", "+env.max_steps=16", "videos=0"), "lanes=1")
