@@ -52,14 +52,13 @@ def _score(pairs: Sequence[tuple[float, float]], success: dict[str, Any]) -> dic
 
 
 def sentence(pair: dict[str, Any]) -> str:
-    """The difference of success in words: b - a, its interval, p, and the seeds that would settle it."""
+    """The difference of success in words: b - a, its interval, p (corrected for the number of comparisons), and the seeds that would settle it."""
     s = pair["success"]
     lo, hi = s["difference_ci"]
-    p = "p < .001" if s["p"] < 0.001 else f"p = {s['p']:.3f}"
-    settled = s["p"] < 0.05
-    need = s["episodes_needed"]
-    more = "" if settled else "; they won equally often" if need is None else f"; to tell such a difference apart takes about {need:,} seeds"
-    return (f"{pair['second']} - {pair['first']}: success {100 * s['difference']:+.1f} points [{100 * lo:+.1f}, {100 * hi:+.1f}], {p} "
+    p, need = s.get("p_holm", s["p"]), s["episodes_needed"]
+    known = "p < .001" if p < 0.001 else f"p = {p:.3f}"
+    more = "" if p < 0.05 else "; they won equally often" if need is None else f"; to tell such a difference apart takes about {need:,} seeds"
+    return (f"{pair['second']} - {pair['first']}: success {100 * s['difference']:+.1f} points [{100 * lo:+.1f}, {100 * hi:+.1f}], {known} "
             f"(only {pair['first']} wins {s['only_first']}, only {pair['second']} {s['only_second']} of {s['n']} seeds){more}")
 
 
@@ -77,17 +76,18 @@ def write_page(folder: Path, found: dict[str, Any], *, title: str = "", plots: S
 
 def _differences(pairs: Sequence[dict[str, Any]]) -> str:
     out = ""
-    for key, name, scale, unit in (("success", "Success", 100, " points"), ("score", "Score", 1, "")):
+    for key, name, scale, form in (("success", "Success", 100, "+.1f"), ("score", "Score", 1, "+.3f")):
         shown = [(pair["second"], pair[key]) for pair in pairs if pair[key]]
         if key == "score" and all(d["difference_ci"] == pair["success"]["difference_ci"] for pair in pairs if (d := pair[key])):
             continue  # the score is success
-        rows = [(other, d["difference"], *d["difference_ci"],
-                 f"{scale * d['difference']:+.3g}{unit} [{scale * d['difference_ci'][0]:+.3g}, {scale * d['difference_ci'][1]:+.3g}]") for other, d in shown]
+        rows = [(other, d["difference"], *d["difference_ci"], "{} [{}, {}]".format(*(format(scale * v, form) for v in (d["difference"], *d["difference_ci"]))))
+                for other, d in shown]
         if rows:
-            out += (f'<div class="card"><h3>{name}: difference to {escape(pairs[0]["first"])}<small>95 % intervals, paired by seed</small></h3>'
+            note = "95 % intervals, paired by seed" + (", in points" if scale > 1 else "")
+            out += (f'<div class="card"><h3>{name}: difference to {escape(pairs[0]["first"])}<small>{note}</small></h3>'
                     f"{forest(rows, x='difference')}</div>")
     words = "".join(f"<p>{escape(sentence(pair))}</p>" for pair in pairs)
-    several = "<small>With several comparisons look at p Holm in compare.json: it counts them.</small>" if len(pairs) > 1 else ""
+    several = f"<p class='soft'>p is corrected for {len(pairs)} comparisons (Holm).</p>" if len(pairs) > 1 else ""
     return f"<h2>Differences</h2>{words}{several}{out}"
 
 

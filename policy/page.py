@@ -27,7 +27,8 @@ text-transform:uppercase;margin-bottom:6px}
 .plots{grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr))}.videos{grid-template-columns:repeat(auto-fill,minmax(200px,1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px;min-width:0}
 .card b{display:block;font-size:28px;line-height:1.25;font-weight:650;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
-.big b{font-size:44px;line-height:1.15}.cards .card:only-child{max-width:360px}.plots .card:only-child{max-width:640px}.card+.card,p+.card{margin-top:14px}
+.big b{font-size:44px;line-height:1.15}.cards .card:only-child{max-width:360px}.plots .card:only-child{max-width:640px}
+.card+.card,p+.card,.card+p{margin-top:14px}
 .plots .card,.cards .card{margin-top:0}header{margin-bottom:24px}
 .range{position:relative;height:8px;border-radius:4px;background:var(--line);margin:8px 0 6px}
 .range i{position:absolute;top:0;bottom:0;border-radius:4px;background:var(--one);opacity:.45;min-width:2px}
@@ -48,7 +49,9 @@ font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 button{position:absolute;top:8px;right:8px;font:inherit;font-size:12px;padding:3px 10px;border-radius:7px;border:1px solid var(--line);
 background:var(--bg);color:var(--ink);cursor:pointer}button:hover{border-color:var(--one)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{padding:6px 12px 6px 0;text-align:left;border-bottom:1px solid var(--line);
-vertical-align:top}th{font-weight:600}td small{display:block}.wide{overflow-x:auto}.whole{grid-column:1/-1}.whole video{aspect-ratio:auto;max-height:80vh}
+vertical-align:top}th{font-weight:600}td small{display:block}.wide{overflow-x:auto}.whole{grid-column:1/-1}.whole video,
+figure.wide video{aspect-ratio:auto;max-height:80vh}
+.videos.broad{grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr))}
 details{margin-bottom:10px}summary{cursor:pointer;padding:6px 0;font-weight:600}
 """
 COPY = "navigator.clipboard.writeText(this.previousElementSibling.textContent).then(()=>{this.textContent='copied'})"
@@ -133,9 +136,11 @@ def videos(folder: Path, metrics: dict[str, Any]) -> str:
         facts += [f"seed {film['seed']}"] if film.get("seed") is not None else []
         facts += [f"score {number(film['score'])}"] if finite(film.get("score")) else []
         verdict = {True: "✓ success", False: "✗ failure"}.get(film.get("success"), "")  # words too: not everyone sees red and green
-        figures.append(f'<figure class="{mark(film.get("success"))}">{player(folder, film["file"])}<figcaption><strong>{verdict}</strong> '
+        wide = " wide" if film.get("wide") else ""
+        figures.append(f'<figure class="{mark(film.get("success"))}{wide}">{player(folder, film["file"])}<figcaption><strong>{verdict}</strong> '
                        f'<span class="soft">{escape(" · ".join(facts) or Path(film["file"]).stem)}</span></figcaption></figure>')
-    return f'<h2>Videos</h2><section class="videos">{"".join(figures)}</section>' if figures else ""
+    kind = "videos broad" if any(film.get("wide") for film in films) else "videos"
+    return f'<h2>Videos</h2><section class="{kind}">{"".join(figures)}</section>' if figures else ""
 
 
 def player(folder: Path, file: str) -> str:

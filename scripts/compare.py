@@ -1,6 +1,7 @@
 """`dipole eval compare A B …`: the same seeds for all, by evaluations that are there or that are made now."""
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,8 @@ def compare(cfg: DictConfig, evaluate: Evaluate) -> dict[str, Any]:
     for run, each in zip(found["runs"], sides, strict=True):
         assert each.at
         run |= {"folder": str(each.at), "curve": [{"cpu_s": r.get("cpu_s"), **r["eval"]} for r in read_rows(each.at / "train.jsonl") if "eval" in r]}
-    found |= {"command": common.command(), "videos": []}
+    others = [o for o in common.overrides() if o.split("=")[0] not in ("do", "runs")]
+    found |= {"command": shlex.join(["dipole", "eval", "compare", *map(str, cfg.runs), *others]), "videos": []}
     common.save_json(out / "compare.json", found)
     try:
         found["videos"] = film_differences(sides, found, out, cfg)
@@ -130,10 +132,9 @@ def run_missing(one: Side, seeds: Sequence[int], evaluate: Evaluate) -> None:
     assert one.cfg is not None
     cfg, few = one.cfg.copy(), (seeds[0], seeds[-1] - seeds[0] + 1)
     said = {o.split("=")[0] for o in common.overrides()}
-    if few != (cfg.seed, 100) and not said & {"episodes", "seed"}:  # beside the usual evaluation, not in its place
+    cfg.out = None  # the comparison's; an evaluation belongs to its run
+    if few != (cfg.seed, 100) and not said & {"episodes", "seed"}:  # beside the usual one, not in its place
         cfg.out = str(one.folder / "eval" / f"{cfg.checkpoint}-seed={few[0]}-episodes={few[1]}")
-    elif cfg.out:
-        cfg.out = str(Path(cfg.out) / one.name)
     cfg.seed, cfg.episodes = few
     console.print(f"[bold]{escape(one.name)}[/]", highlight=False)
     one.metrics = evaluate(cfg, one.folder)
@@ -158,8 +159,8 @@ def film_differences(sides: Sequence[Side], found: dict[str, Any], out: Path, cf
     for old in (out / "videos").glob("seed_*.mp4"):
         old.unlink()
     paths = [s.at / "actions.npz" for s in sides if s.at]
-    if not chosen or not all(p.exists() for p in paths):
-        return []
+    if lost := [str(p) for p in paths if not p.exists()]:
+        raise FileNotFoundError(f"{lost[0]} is missing, from which episodes are played again; evaluate that run once more")
     acted = [common.load_actions(p) for p in paths]
     _, fps, envs = common.make_envs(OmegaConf.create(settings(OmegaConf.load(paths[0].parent / "config.yaml"))["env"]), 1, list(cfg.trust))
     made = []
@@ -171,7 +172,7 @@ def film_differences(sides: Sequence[Side], found: dict[str, Any], out: Path, cf
             file = f"videos/seed_{seed}.mp4"
             films.write(out / file, films.grid(row, columns=len(row)), fps)
             winners = ", ".join(s.name for s, w in zip(sides, ok, strict=True) if w)
-            made.append({"file": file, "seed": seed, "caption": f"{winners} wins"})
+            made.append({"file": file, "seed": seed, "caption": f"{winners} wins", "wide": True})
     finally:
         envs.close()
     return made

@@ -39,21 +39,26 @@ def delay(cfg: DictConfig, folder: Path, out: Path, evaluate: Evaluate) -> dict[
     found |= {"command": common.command(), "curves": {label: [{"delay": d, "success": r["success"], "success_ci": r["success_ci"], "score": r["score"],
                                                                "score_ci": r["score_ci"]} for d, r in rows] for label, rows in curves.items()}}
     common.save_json(out / "delay.json", found)
-    fps = (met[points[0][2]].get("fps") or 0)
+    fps = met[points[0][2]]["fps"]
     unit = "control steps" + (f" of {1000 / fps:.0f} ms" if fps else "")
     draw(found["curves"], out / "delay.png", unit, found["task"])
     for pair in found["differences"]:
         console.print(escape(paired.sentence(pair)), highlight=False)
     title = f"{found['task']}: success when plans come late"
-    page = paired.write_page(out, found, title=title, plots=[f'<section class="plots">{card(found["curves"], key, unit)}</section>' for key in ("success",)])
+    shown = [key for key in ("success", "score") if key == "success" or any(run["score"] not in (None, run["success"]) for run in found["runs"])]
+    cards = "".join(card(found["curves"], key, unit) for key in shown)
+    page = paired.write_page(out, found, title=title, plots=[f'<section class="plots">{cards}</section>'])
     line = ", ".join(f"{name.removeprefix('delay ')}: {by_name[name]['success']:.0%}" for name in by_name)
     console.print(f"[bold]success by delay: {line}[/]: {out / 'delay.png'}\nreport: {page}", highlight=False)
     return {"folder": str(out), "curves": found["curves"]}
 
 
 def card(curves: dict[str, list[dict[str, Any]]], key: str, unit: str) -> str:
-    series = [Series(label, colour, [r["delay"] for r in rows], [r[key] for r in rows], [r[f"{key}_ci"][0] for r in rows], [r[f"{key}_ci"][1] for r in rows],
-                     dots=True) for (label, rows), colour in zip(curves.items(), ("c1", "c2"), strict=False)]
+    series = []
+    for (label, every), colour in zip(curves.items(), ("c1", "c2"), strict=False):
+        rows = [r for r in every if r[key] is not None]
+        lo, hi = [r[f"{key}_ci"][0] for r in rows], [r[f"{key}_ci"][1] for r in rows]
+        series.append(Series(label, colour, [r["delay"] for r in rows], [r[key] for r in rows], lo, hi, dots=True))
     return plot(f"{key.capitalize()} against delay", series, x=unit, unit=True, note="95 % intervals, each of its own; differences below are paired")
 
 

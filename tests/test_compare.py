@@ -163,7 +163,7 @@ def test_compare_uses_what_is_held_and_runs_what_is_missing(shell, run):  # noqa
     assert done.code == 0, done.err
     made = json.loads((shell.folder / "made" / "compare.json").read_text())
     assert made["seeds"] == found["seeds"] and made["runs"][0]["metrics"]["control"]["execute"] == 4  # made now, on the seeds the other holds
-    assert shlex.split(made["command"])[:3] == ["dipole", "eval", "do=compare"]
+    assert made["command"] == f"dipole eval compare run run/eval/{heun} +env.max_steps=16 control.execute=4 out=made videos=0"
 
     refused(shell("eval", "compare", "run", f"run/eval/{heun}", "+env.max_steps=12", "out=bad"), "different environments", "max_steps=12", "max_steps=16")
     refused(shell("eval", "compare", f"run/eval/{plain}", f"run/eval/{heun}", "seed=5"), "holds 100000–100002", "Name run folders")
@@ -187,6 +187,7 @@ class Fallible(Gantry):
 """
 
 
+@pytest.mark.slow
 def test_a_fault_names_its_seed_and_the_command_that_replays_it(shell, run):  # noqa: F811
     (shell.folder / "fallible.py").write_text(FALLIBLE)
     done = shell("eval", "run=run", "env._target_=fallible.Fallible", "trust=[fallible]", "out=fault", *SHORT)
