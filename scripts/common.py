@@ -103,7 +103,7 @@ def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryData
 
 
 def check_task(cfg: DictConfig, spec: Spec) -> None:
-    """ValueError before training when the data does not show what the task shows; nothing where there is no simulator to ask."""
+    """ValueError before training when the data does not show what the environment shows; nothing where there is none to ask."""
     if "_target_" not in cfg.env:
         return
     try:
@@ -111,10 +111,24 @@ def check_task(cfg: DictConfig, spec: Spec) -> None:
     except ImportError:
         return
     checkpoint.check_targets(plain(cfg.env), ("envs", *cfg.trust))
-    if isinstance(task := instantiate(cfg.env), Task):
-        shapes = {k: v.shape or () for k, v in task.observation_space.spaces.items()}
-        if wrong := spec.differences(shapes, task.action_shape[0], task.fps):
-            raise ValueError(f"{cfg.data.path} is not a recording of {task.name}: {wrong}. Name the task it comes from with env=…, or none with env=none")
+    from envs.copies import makes_one
+    made = instantiate({k: v for k, v in plain(cfg.env).items() if k not in ("workers", "timeout")})
+    if isinstance(made, Task):
+        fps = made.fps
+    elif makes_one(made):
+        try:
+            made = made()
+        except ImportError:  # its package is needed for rolling out, not for training
+            return
+        fps = float(made.metadata.get("render_fps") or 0)
+        made.close()
+    else:
+        return
+    name, space, acts = getattr(made, "name", cfg.env["_target_"]), made.observation_space, made.action_space
+    if not hasattr(space, "spaces"):
+        return
+    if wrong := spec.differences({k: v.shape or () for k, v in space.spaces.items()}, acts.shape[0], fps):
+        raise ValueError(f"{cfg.data.path} is not a recording of {name}: {wrong}. Name the task it comes from with env=…, or none with env=none")
 
 
 def make_envs(env: DictConfig, copies: int, trust: Sequence[str] = (), simulator: str = "threads", lanes: int = 1):

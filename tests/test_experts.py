@@ -3,11 +3,14 @@ from functools import partial
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from envs.adapter import Adapter
 from envs.collect import attempts, demonstrations
 from envs.gantry import Gantry
 from envs.task import box
+from policy.types import Spec
+from scripts.common import check_task
 
 
 class Countdown(Adapter):
@@ -52,3 +55,12 @@ def test_an_expert_that_fails_is_counted(monkeypatch):
 def test_processes_find_the_same():
     factory = partial(Countdown)
     assert list(attempts(factory, 5, seed=0, workers=2)) == list(attempts(factory, 5, seed=0, workers=0))
+
+
+def test_data_of_another_environment_is_refused_before_training():
+    cfg = OmegaConf.create({"env": {"_target_": "tests.test_experts.Countdown", "_partial_": True, "workers": 2}, "trust": ["tests"],
+                            "data": {"path": "x.zarr"}})
+    check_task(cfg, Spec(obs={"x": (1,)}, action_dim=1, fps=10))
+    for wrong in ({"obs": {"x": (2,)}}, {"obs": {"y": (1,)}}, {"action_dim": 2}, {"fps": 20}):
+        with pytest.raises(ValueError, match=r"x\.zarr is not a recording of countdown"):
+            check_task(cfg, Spec(**{"obs": {"x": (1,)}, "action_dim": 1, "fps": 10, **wrong}))
