@@ -1,7 +1,7 @@
 # Every target that needs .venv makes it, so `make demo` works in a fresh clone with nothing but python3 and make.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check all clean
+.PHONY: help install suites demo test check all clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -21,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[all,warp,dev]'
 	@touch $@
+
+suites: $(STAMP) ## add other packages' environments to .venv: Meta-World, gymnasium-robotics, gym-aloha, gym-pusht
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[all,warp,dev,suites]'
 
 demo: $(STAMP) ## from nothing to a moving robot: demonstrations, training, evaluation, report
 	$(BIN)/dipole demo $(ARGS)

@@ -96,6 +96,7 @@ def test_jobs_run_at_once_in_processes_of_their_own(shell, run, launcher, packag
 
 
 def test_a_launcher_that_is_missing_or_has_no_cluster_is_explained(shell, run):  # noqa: F811
+    pytest.importorskip("hydra_plugins", reason="extras sweep, slurm")
     if not importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
         refused(shell("train", "-m", "train.seed=0,1", "hydra.launcher=ray"), "pip install 'dipole[ray]'")
     if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") and not shutil.which("srun"):
