@@ -49,7 +49,8 @@ class Looked:
 
 @dataclass
 class Report:
-    """Result of `evaluate`. plan_s: seconds of every batched plan; plan_one_s: seconds of plans for a single robot.
+    """Result of `evaluate`. plan_s: seconds of every batched plan; plan_one_s: seconds of plans for a single robot;
+    cpu_s: of this process, without those.
 
     execute, delay: the controller's, in control steps;   fps: control rate [Hz], 0 unknown;   action_range (d,), NaN where it has no bounds.
     """
@@ -64,6 +65,7 @@ class Report:
     plan_one_s: list[float] = field(default_factory=list)
     env_s: float = 0.0
     wall_s: float = 0.0
+    cpu_s: float = 0.0
 
     @property
     def wins(self) -> int:

@@ -1,4 +1,5 @@
 """Evaluation on several cores: while one lane plans, the physics and the plans of the others go on. Threads suffice: torch and MuJoCo hold no lock."""
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -34,6 +35,7 @@ def evaluate_in_lanes(lanes: Sequence[Lane], episodes: int, seed: int, *, task: 
                 on_progress(sum(done))
         return play(*lanes[i], first[i + 1] - first[i], seed + first[i], task=task, on_progress=show)
 
+    cpu = time.process_time()
     with ThreadPoolExecutor(len(lanes)) as pool:
         reports = list(pool.map(one, range(len(lanes))))
     whole = reports[0]
@@ -42,5 +44,6 @@ def evaluate_in_lanes(lanes: Sequence[Lane], episodes: int, seed: int, *, task: 
         whole.plan_s += report.plan_s
         whole.env_s += report.env_s
         whole.wall_s = max(whole.wall_s, report.wall_s)
+    whole.cpu_s = time.process_time() - cpu
     whole.plan_one_s = single_plans(lanes[0][0])  # now that nothing else runs
     return whole

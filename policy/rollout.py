@@ -29,7 +29,9 @@ def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int
     Episode i is the same whatever the number of copies, for a deterministic sampler. ValueError when two seeds start the same episode,
     NotFinite when not one of the first plans is finite.
     """
+    cpu = time.process_time()
     report = play(controller, envs, episodes, seed, task=task, until=until, on_progress=on_progress)
+    report.cpu_s = time.process_time() - cpu
     report.plan_one_s = single_plans(controller)
     return report
 
