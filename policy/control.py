@@ -87,8 +87,13 @@ class Controller:
         if self.fresh[at].any():
             raise RuntimeError(f"rows {at[self.fresh[at]].tolist()} have observed nothing since their reset: call observe first")
         spec = self.planner.spec
-        noise = torch.stack([torch.randn(spec.horizon, spec.action_dim, generator=self.noise[i]) for i in at.tolist()])
-        plan = self.planner.plan({k: h[at].to(self.device) for k, h in self.history.items()}, noise=noise.to(self.device)).float().cpu()
+        generators = [self.noise[i] for i in at.tolist()]
+
+        def draw(like: torch.Tensor) -> torch.Tensor:
+            return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
+
+        noise = draw(torch.empty(len(at), spec.horizon, spec.action_dim, device=self.device))
+        plan = self.planner.plan({k: h[at].to(self.device) for k, h in self.history.items()}, noise=noise, draw=draw).float().cpu()
         late = self.delay if self.align else 0
         then = torch.cat([self.promised[at], plan[:, late: late + self.execute]], 1)
         chunk = torch.where(self.first[at, None, None], plan[:, : self.execute + self.delay], then)

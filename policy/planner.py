@@ -1,4 +1,5 @@
 """From an observation history to a chunk of actions: normaliser, encoder, denoiser, sampler and guides as one pure function."""
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -6,80 +7,130 @@ from torch import Tensor, nn
 
 from policy.data.normalize import Normalizer
 from policy.diffusion.denoiser import Denoiser
-from policy.diffusion.guides import pin
-from policy.diffusion.objective import denoising_loss
+from policy.diffusion.guides import BestOf, Frame, pin
+from policy.diffusion.objective import Objective, denoising
 from policy.diffusion.path import grid
-from policy.diffusion.samplers import Sampler, first_order
-from policy.types import Batch, Denoise, Obs, Spec, shape
+from policy.diffusion.samplers import Draw, Sampler, first_order
+from policy.types import Batch, Cond, Denoise, Obs, Spec, shape
 
-Guide = Callable[[Denoise], Denoise]
+Guide = Callable[[Denoise, Frame], Denoise]
 
 
 class Planner(nn.Module):
     """`loss(batch)` trains it, `plan(obs)` uses it. It keeps no state between calls.
 
-    encoder: Obs -> Cond.   sampler, steps, spacing: how plans are drawn, free to change after training.   guides: applied in order, the
-    last one outermost.   padding_loss: whether actions repeated behind an episode's end are learned (the robot learns to stop there).
-    obs_noise: standard deviation added to normalised observations in training, against overfitting few demonstrations.
+    encoder: Obs -> Cond.   sampler, steps, spacing, temperature: how plans are drawn, free to change after training.   guides: applied in
+    order, the last one outermost.   objective: what training minimises (policy.diffusion.objective).   padding_loss: whether actions repeated
+    behind an episode's end are learned (the robot learns to stop there).   obs_noise: standard deviation added to normalised observations in
+    training, against overfitting few demonstrations.   cond_drop: share of training samples without condition, for classifier-free guidance.
     """
 
     def __init__(self, spec: Spec, normalizer: Normalizer, encoder: nn.Module, denoiser: Denoiser, *, sampler: Sampler = first_order,
-                 steps: int = 10, spacing: str = "trailing", guides: Sequence[Guide] = (), padding_loss: bool = False, obs_noise: float = 0.0):
+                 steps: int = 10, spacing: str | Sequence[float] = "trailing", temperature: float = 1.0, guides: Sequence[Guide | BestOf] = (),
+                 objective: Objective = denoising, padding_loss: bool = False, obs_noise: float = 0.0, cond_drop: float = 0.0):
         super().__init__()
-        self.spec, self.normalizer, self.encoder, self.denoiser = spec, normalizer, encoder, denoiser
-        self.guides, self.padding_loss, self.obs_noise = list(guides), padding_loss, obs_noise
-        self.set_sampler(sampler, steps, spacing)
+        self.spec, self.normalizer, self.encoder, self.denoiser, self.objective = spec, normalizer, encoder, denoiser, objective
+        self.guides, self.padding_loss, self.obs_noise, self.cond_drop = list(guides), padding_loss, obs_noise, cond_drop
+        self.set_sampler(sampler, steps, spacing, temperature)
 
-    def set_sampler(self, sampler: Sampler, steps: int, spacing: str = "trailing") -> None:
-        """Draw plans differently from now on; nothing learned changes. ValueError when the sampler cannot follow the planner's path."""
+    def set_sampler(self, sampler: Sampler, steps: int, spacing: str | Sequence[float] = "trailing", temperature: float = 1.0) -> None:
+        """Draw plans differently from now on; nothing learned changes. ValueError when the sampler cannot follow the planner's path.
+
+        temperature: factor on every noise drawn; below 1 plans gather where they are likely (Ajay 2023: .5), 0 starts from zero.
+        """
         path = self.denoiser.path
         taus = grid(path, steps, spacing)
-        sampler(lambda x, tau, cond: x, path, torch.zeros(1, self.spec.horizon, 1), taus, None)  # a misfit shows now, not on the robot
-        self.sampler, self.taus = sampler, taus
+        if not temperature >= 0:
+            raise ValueError(f"temperature={temperature!r} must be a number from 0")
+        noisy = "draw" in inspect.signature(sampler).parameters
+        trial = torch.zeros(1, self.spec.horizon, 1)
+        sampler(lambda x, tau, cond: x, path, trial, taus, None, **({"draw": torch.zeros_like} if noisy else {}))  # a misfit shows now, not on the robot
+        self.sampler, self.taus, self.temperature, self.noisy = sampler, taus, temperature, noisy
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean denoising loss of each sample, (b,)."""
+    def loss(self, batch: Batch, progress: float = 0.0) -> Tensor:
+        """Mean loss of each sample, (b,). progress in [0, 1]: how much of training is done."""
         obs = self.normalizer.encode(batch.obs)
         if self.training and self.obs_noise:
             obs = {k: v + self.obs_noise * torch.randn_like(v) for k, v in obs.items()}
         cond = self.encoder(obs)
+        if self.training and self.cond_drop:
+            cond = cond.drop(self.cond_drop)
         x0 = self.normalizer.encode({"action": batch.action})["action"]
-        loss = denoising_loss(self.denoiser, x0, cond).mean(-1)
+        loss = self.objective(self.denoiser, x0, cond, progress).mean(-1)
         if self.padding_loss:
             return loss.mean(-1)
         weight = batch.valid.to(loss.dtype)
         return (loss * weight).sum(-1) / weight.sum(-1).clamp_min(1)
 
-    def plan(self, obs: Obs, *, noise: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
-        """Actions (b, t, d) in physical units; plan[:, 0] is due now.
-
-        obs: {key: (b, t_obs, *shape)} in physical units.   noise: (b, t, d) standard normal, drawn when absent; the same noise gives the
-        same plan with a deterministic sampler.   prefix: (b, p, d) physical actions already promised: the plan starts with exactly these.
-        """
+    def encode(self, obs: Obs) -> Cond:
+        """Condition tokens of a checked observation {key: (b, t_obs, *shape)} in physical units. KeyError, ValueError when it does not fit."""
         missing = [k for k in self.spec.obs if k not in obs]
         if missing:
             raise KeyError(f"observation lacks {', '.join(missing)} (got {', '.join(obs) or 'nothing'})")
         for key, size in self.spec.obs.items():
             if tuple(obs[key].shape[1:]) != (self.spec.t_obs, *size):
                 raise ValueError(f"observation {key!r} must be (b, {self.spec.t_obs}, {', '.join(map(str, size))}), got {tuple(obs[key].shape)}")
-        b = len(obs[next(iter(self.spec.obs))])
-        cond = self.encoder(self.normalizer.encode({k: obs[k] for k in self.spec.obs}))
+        return self.encoder(self.normalizer.encode({k: obs[k] for k in self.spec.obs}))
+
+    def guided(self, obs: Obs) -> Denoise:
+        """The denoiser inside all guides, for plans that answer obs."""
+        denoise: Denoise = self.denoiser
+        frame = self.frame(obs)
+        for guide in self.guides:
+            if not isinstance(guide, BestOf):
+                denoise = guide(denoise, frame)
+        return denoise
+
+    def frame(self, obs: Obs) -> Frame:
+        return Frame(self.denoiser.path, obs, lambda x: self.normalizer.decode({"action": x})["action"],
+                     lambda actions: self.normalizer.encode({"action": actions})["action"])
+
+    def plan(self, obs: Obs, *, noise: Tensor | None = None, prefix: Tensor | None = None, draw: Draw = torch.randn_like) -> Tensor:
+        """Actions (b, t, d) in physical units; plan[:, 0] is due now.
+
+        obs: {key: (b, t_obs, *shape)} in physical units.   noise: (b, t, d) standard normal, drawn when absent; the same noise gives the
+        same plan with a deterministic sampler, and with a stochastic one when draw (x -> noise like x) gives the same too.
+        prefix: (b, p, d) physical actions already promised: the plan starts with exactly these.
+        """
+        chosen = next((g for g in self.guides if isinstance(g, BestOf)), None)
+        if chosen is not None:
+            return self._best(chosen, obs, noise, prefix, draw)
+        return self.sample(obs, self.encode(obs), noise=noise, prefix=prefix, draw=draw)
+
+    def sample(self, obs: Obs, cond: Cond, *, noise: Tensor | None = None, prefix: Tensor | None = None, draw: Draw = torch.randn_like) -> Tensor:
+        """plan, for a condition that is encoded already; no BestOf."""
+        b = len(cond.tokens)
         size = (b, self.spec.horizon, self.spec.action_dim)
         if noise is None:
             noise = torch.randn(size, device=cond.tokens.device, dtype=cond.tokens.dtype)
         shape(noise, "b t d", b=b, t=size[1], d=size[2])
-        denoise: Denoise = self.denoiser
-        for guide in self.guides:
-            denoise = guide(denoise)
+        denoise = self.guided(obs)
         if prefix is not None:
             _, p, _ = shape(prefix, "b p d", b=b, d=size[2])
             if p > size[1]:
                 raise ValueError(f"prefix promises {p} actions, more than the horizon {size[1]}")
             known = torch.zeros_like(noise)
             known[:, :p] = self.normalizer.encode({"action": prefix})["action"]
-            denoise = pin(denoise, known, torch.arange(size[1], device=noise.device)[:, None] < p)
-        x = self.sampler(denoise, self.denoiser.path, noise * self.denoiser.path.start_std(), self.taus, cond)
+            denoise = pin(denoise, known=known, mask=torch.arange(size[1], device=noise.device)[:, None] < p)
+        options = {"draw": lambda x: self.temperature * draw(x)} if self.noisy else {}
+        start = noise * (self.temperature * self.denoiser.path.start_std())
+        x = self.sampler(denoise, self.denoiser.path, start, self.taus, cond, **options)
         actions = self.normalizer.decode({"action": x})["action"]
         if prefix is not None:
             actions = torch.cat([prefix, actions[:, prefix.shape[1]:]], 1)
         return actions
+
+    def _best(self, best: BestOf, obs: Obs, noise: Tensor | None, prefix: Tensor | None, draw: Draw) -> Tensor:
+        n, cond = best.n, self.encode(obs)
+        b, (t, d) = len(cond.tokens), (self.spec.horizon, self.spec.action_dim)
+        obs, cond = {k: v.repeat_interleave(n, 0) for k, v in obs.items()}, cond.map(lambda x: x.repeat_interleave(n, 0))
+        first = torch.randn(b, t, d, device=cond.tokens.device, dtype=cond.tokens.dtype) if noise is None else noise
+        starts = torch.stack([first, *(draw(first) for _ in range(n - 1))], 1).flatten(0, 1)
+
+        def each(x: Tensor) -> Tensor:  # one draw of every row for each of its candidates
+            return torch.stack([draw(part) for part in x.unflatten(0, (b, n)).unbind(1)], 1).flatten(0, 1)
+
+        plans = self.sample(obs, cond, noise=starts, prefix=None if prefix is None else prefix.repeat_interleave(n, 0), draw=each)
+        value = best.value(plans, obs)
+        shape(value, "b", b=b * n)
+        return plans.unflatten(0, (b, n))[torch.arange(b, device=plans.device), value.reshape(b, n).argmax(1)]

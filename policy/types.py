@@ -87,5 +87,17 @@ class Cond:
         tokens = self.tokens if self.mask is None else self.tokens * self.mask[..., None]
         return tokens.flatten(1)
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Cond":
+        return Cond(fn(self.tokens), None if self.mask is None else fn(self.mask))
+
+    def null(self) -> "Cond":
+        """No condition: every token absent."""
+        return Cond(self.tokens, torch.zeros(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device))
+
+    def drop(self, p: float) -> "Cond":
+        """Absent altogether in a share p of the rows, drawn anew: what trains classifier-free guidance."""
+        keep = torch.rand(len(self.tokens), 1, device=self.tokens.device) >= p
+        return Cond(self.tokens, keep.expand(self.tokens.shape[:2]) if self.mask is None else self.mask & keep)
+
 
 Denoise = Callable[[Tensor, Tensor, Cond | None], Tensor]  # (x (b,t,d), tau (b,), cond) -> E[x0 | x] (b,t,d)

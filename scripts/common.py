@@ -27,8 +27,8 @@ from policy.train.log import bar, console
 from policy.types import Spec
 from scripts import films, sweep
 
-LEARNED = ("padding_loss", "obs_noise", "normalize", "t_obs", "horizon", "data", "train")
-PLANNER = ("encoder", "net", "schedule", "denoiser", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
+LEARNED = ("padding_loss", "obs_noise", "cond_drop", "normalize", "t_obs", "horizon", "data", "train", "density", "formalism")
+PLANNER = ("encoder", "net", "schedule", "denoiser", "objective", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
 
 
 def plain(node: Any) -> Any:
@@ -89,7 +89,7 @@ def write_start(folder: Path, cfg: DictConfig) -> None:
 
 
 def planner_config(cfg: DictConfig) -> dict[str, Any]:
-    return {**{k: plain(cfg[k]) for k in PLANNER}, "guides": plain(cfg.guide), "padding_loss": cfg.padding_loss, "obs_noise": cfg.obs_noise}
+    return {**{k: plain(cfg[k]) for k in PLANNER}, "guides": plain(cfg.guide), **{k: cfg[k] for k in ("padding_loss", "obs_noise", "cond_drop")}}
 
 
 def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryDataset:

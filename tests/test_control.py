@@ -20,7 +20,7 @@ class Counting(nn.Module):
         self.seen: list[dict[str, torch.Tensor]] = []
         self.noise: list[torch.Tensor] = []
 
-    def plan(self, obs, *, noise=None, prefix=None):
+    def plan(self, obs, *, noise=None, prefix=None, draw=None):
         self.seen.append({k: v.clone() for k, v in obs.items()})
         self.noise.append(noise.clone())
         return (100 * len(self.seen) + torch.arange(6.0))[None, :, None].expand(len(noise), -1, self.spec.action_dim)
@@ -85,7 +85,7 @@ def test_a_reset_row_plans_at_once_and_the_others_go_on():
 class Clock(Counting):
     """Plans the time of the step an action is meant for: what it is shown counts the steps, and step t of a plan is t later."""
 
-    def plan(self, obs, *, noise=None, prefix=None):
+    def plan(self, obs, *, noise=None, prefix=None, draw=None):
         super().plan(obs, noise=noise)
         return obs["y"][:, -1, None, None] + torch.arange(6.0)[None, :, None]
 

@@ -110,7 +110,7 @@ def test_a_clip_keeps_plans_inside_the_data():
     torch.testing.assert_close(wild.plan(obs)[0, 0], torch.tensor([800.0, -0.2]))
     wild.guides = [clip]
     torch.testing.assert_close(wild.plan(obs)[0, 0], torch.tensor([600.0, -0.02]))
-    wild.guides = [functools.partial(clip, limit=0.5), lambda denoise: lambda x, tau, cond: denoise(x, tau, cond) + 1]  # the last is outermost
+    wild.guides = [functools.partial(clip, limit=0.5), lambda denoise, frame: lambda x, tau, cond: denoise(x, tau, cond) + 1]  # the last is outermost
     torch.testing.assert_close(wild.plan(obs)[0, 0], torch.tensor([650.0, 0.025]))
 
 

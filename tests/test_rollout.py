@@ -36,7 +36,7 @@ class Expert(nn.Module):
         self.spec, self.task, self.noise = Spec(obs=obs, action_dim=4, t_obs=2, horizon=4, fps=10), task, noise
         self.anchor = nn.Parameter(torch.zeros(1))
 
-    def plan(self, obs, *, noise=None, prefix=None):
+    def plan(self, obs, *, noise=None, prefix=None, draw=None):
         expert = self.task.expert(len(noise), 0)
         expert.speed[:] = 0.07
         actions = torch.from_numpy(expert.act({k: v[:, -1].numpy() for k, v in obs.items()})).float()
@@ -160,7 +160,7 @@ class Still(nn.Module):
         super().__init__()
         self.spec, self.anchor, self.sick = Spec(obs={"x": (1,)}, action_dim=1, t_obs=1, horizon=4), nn.Parameter(torch.zeros(1)), sick
 
-    def plan(self, obs, *, noise=None, prefix=None):
+    def plan(self, obs, *, noise=None, prefix=None, draw=None):
         return torch.where(obs["x"][:, -1:] < self.sick, float("nan"), torch.zeros_like(noise))
 
 
@@ -285,7 +285,7 @@ def test_smoothness_has_the_values_of_a_staircase():
 
 def test_a_seam_is_where_the_controller_changes_plans():
     class Ramp(Still):
-        def plan(self, obs, *, noise=None, prefix=None):
+        def plan(self, obs, *, noise=None, prefix=None, draw=None):
             return torch.arange(4.0)[None, :, None].expand(len(noise), 4, 1)  # climbs by 1 a step from 0 again
 
     for execute, delay in ((2, 0), (2, 1), (3, 1), (1, 2)):

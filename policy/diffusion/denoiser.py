@@ -25,20 +25,21 @@ class Denoiser(nn.Module):
     def scales(self, x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c_in, c_skip, c_out at tau, each broadcastable over x."""
         a, s = self.path.at(tau, x)
-        one, var = torch.ones_like(a), a**2 + s**2
+        var = a**2 + s**2
+        c_in = var.rsqrt()  # 1 where variance is preserved; on VE the network would see 80
         match self.target:
             case "eps":  # alpha = 0 only at the very end of a path, where eps says nothing about x0
                 a = a.clamp_min(1e-4)
-                return one, 1 / a, -s / a
+                return c_in, 1 / a, -s / a
             case "score":
                 a = a.clamp_min(1e-4)
-                return one, 1 / a, s / a
+                return c_in, 1 / a, s / a
             case "x0":
-                return one, torch.zeros_like(a), one
+                return c_in, torch.zeros_like(a), torch.ones_like(a)
             case "v":
-                return one, a / var, -s / var
+                return c_in, a / var, -s / var
             case "flow":
-                return one, 1 / (a + s), -s / (a + s)
+                return c_in, 1 / (a + s), -s / (a + s)
             case _:
                 var = (a * self.sigma_data) ** 2 + s**2
                 return var.rsqrt(), a * self.sigma_data**2 / var, -s * self.sigma_data * var.rsqrt()

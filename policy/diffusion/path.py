@@ -13,8 +13,9 @@ from torch import Tensor
 
 
 class Path:
-    """tau_min, tau_max bound where the pair (alpha, sigma) is usable by solvers: alpha > 0 at tau_max, sigma = 0 at tau_min."""
+    """tau_max, ratio_min: what solvers use of the pair (alpha, sigma): alpha > 0 at tau_max; ratio_min is the least sigma / alpha they stop at."""
     tau_max: float = 1.0
+    ratio_min: float = 0.002  # Karras 2022
 
     def alpha(self, tau: Tensor) -> Tensor:
         raise NotImplementedError
@@ -36,6 +37,25 @@ class Path:
         """The times this path is trained at: any, or the entries of a table."""
         return tau
 
+    def ratio(self, tau: Tensor) -> Tensor:
+        """sigma / alpha: what all formalisms share. log SNR is -2 log of it, EDM's sigma is it."""
+        return self.sigma(tau) / self.alpha(tau)
+
+    def tau_at(self, ratio: Tensor) -> Tensor:
+        """The inverse of `ratio`."""
+        raise NotImplementedError
+
+    def log_slope(self, tau: Tensor) -> Tensor:
+        """d log ratio / d tau, at least 0."""
+        with torch.enable_grad():
+            t = tau.detach().double().requires_grad_()
+            slope, = torch.autograd.grad(self.ratio(t).log().sum(), t)
+        return slope.to(tau.dtype)
+
+    def ends(self) -> tuple[float, float]:
+        """ratio_min and the ratio at tau_max."""
+        return self.ratio_min, float(self.ratio(torch.tensor(self.tau_max, dtype=torch.float64)))
+
     def start_std(self) -> float:
         """Standard deviation of pure noise at tau_max; sampling starts from start_std() * N(0, 1)."""
         return float(self.sigma(torch.tensor(self.tau_max, dtype=torch.float64)))
@@ -52,6 +72,9 @@ class Linear(Path):
     def sigma(self, tau: Tensor) -> Tensor:
         return tau
 
+    def tau_at(self, ratio: Tensor) -> Tensor:
+        return ratio / (1 + ratio)
+
 
 @dataclass(frozen=True)
 class Cosine(Path):
@@ -63,6 +86,9 @@ class Cosine(Path):
 
     def sigma(self, tau: Tensor) -> Tensor:
         return torch.sin(tau * (math.pi / 2))
+
+    def tau_at(self, ratio: Tensor) -> Tensor:
+        return torch.atan(ratio) * (2 / math.pi)
 
 
 @dataclass(frozen=True)
@@ -80,6 +106,10 @@ class VP(Path):
     def sigma(self, tau: Tensor) -> Tensor:
         return torch.sqrt(-torch.expm1(2 * self._log_alpha(tau)))
 
+    def tau_at(self, ratio: Tensor) -> Tensor:
+        whole = 2 * torch.log1p(ratio**2)  # twice the integral of beta up to tau
+        return whole / (self.lo + torch.sqrt(self.lo**2 + (self.hi - self.lo) * whole))
+
 
 @dataclass(frozen=True)
 class VE(Path):
@@ -92,6 +122,9 @@ class VE(Path):
 
     def sigma(self, tau: Tensor) -> Tensor:
         return self.hi * tau**self.rho
+
+    def tau_at(self, ratio: Tensor) -> Tensor:
+        return (ratio / self.hi) ** (1 / self.rho)
 
 
 @dataclass(frozen=True)
@@ -121,6 +154,25 @@ class Table(Path):
         k = len(self.alphas_cumprod)
         return ((tau * k).floor() + 1).clamp_max(k) / k
 
+    def tau_at(self, ratio: Tensor) -> Tensor:
+        """The nearest entry, in log ratio."""
+        bar = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=ratio.device)
+        log = ((1 - bar) / bar).log() / 2
+        i = torch.searchsorted((log[1:] + log[:-1]) / 2, ratio.double().log().contiguous())
+        return ((i + 1) / len(bar)).to(ratio.dtype)
+
+    def log_slope(self, tau: Tensor) -> Tensor:
+        """Of the table's steps: such that ratio^-2 log_slope is half the fall of the SNR, as DDPM's variational bound sums it."""
+        k = len(self.alphas_cumprod)
+        bar = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=tau.device)
+        snr = bar / (1 - bar)
+        fall = torch.cat([snr[:1], snr[:-1] - snr[1:]])  # the first is the decoder's: an error of x0 over 2 sigma^2
+        return (k / 2 * fall / snr)[(tau * k).round().long().clamp_min(1) - 1].to(tau.dtype)
+
+    def ends(self) -> tuple[float, float]:
+        first, last = (self.ratio(torch.tensor(t, dtype=torch.float64)).item() for t in (1 / len(self.alphas_cumprod), 1.0))
+        return first, last
+
     def alpha(self, tau: Tensor) -> Tensor:
         return self._bar(tau).sqrt()
 
@@ -128,22 +180,41 @@ class Table(Path):
         return (1 - self._bar(tau)).sqrt()
 
 
-def grid(path: Path, steps: int, spacing: str = "trailing") -> list[float]:
+def grid(path: Path, steps: int, spacing: str | Sequence[float] = "trailing") -> list[float]:
     """The taus a sampler walks through, tau_max ... 0 (steps + 1 floats).
 
     trailing: evenly spaced, starting at the noisiest time.   leading: skips the noisiest times, as published DDIM numbers do
-    (RECIPES: "leading" starts at tau = .91 for 10 of 100 steps although x is pure noise).   On a Table the times are its own entries.
+    ("leading" starts at tau = .91 for 10 of 100 steps although x is pure noise).   karras: even in ratio^(1/7) (Karras 2022 eq. 5).
+    logsnr: even in log ratio.   Or the times themselves, falling, without the final 0.   On a Table the times are its own entries.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"sampling steps must be a whole number from 1, got {steps!r}")
     k = len(path.alphas_cumprod) if isinstance(path, Table) else None
     if k and steps > k:
         raise ValueError(f"{steps} sampling steps on a table of {k} training steps; use at most {k}")
-    if spacing == "trailing":
-        taus: Sequence[float] = [path.tau_max * (1 - i / steps) for i in range(steps)]
+    if not isinstance(spacing, str):
+        taus: Sequence[float] = [float(t) for t in spacing]
+        if len(taus) != steps or any(b >= a for a, b in pairwise([1.0 + 1e-9, *taus, 0.0])):
+            raise ValueError(f"spacing={list(spacing)} must be {steps} times (steps), falling, between 1 and 0")
+    elif spacing == "trailing":
+        taus = [path.tau_max * (1 - i / steps) for i in range(steps)]
     elif spacing == "leading":
         total = k or 1000
         taus = [(i * (total // steps) + 1) / total * path.tau_max for i in reversed(range(steps))]
+    elif spacing in ("karras", "logsnr"):
+        lo, hi = path.ends()
+        power = 1 / 7 if spacing == "karras" else 1e-6
+        done = torch.linspace(0, 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1, dtype=torch.float64)
+        taus = path.tau_at((hi**power + done * (lo**power - hi**power)) ** (1 / power)).tolist()
+        taus[0] = path.tau_max
     else:
-        raise ValueError(f"spacing {spacing!r} is unknown; use trailing or leading")
-    return [round(t * k) / k if k else t for t in taus] + [0.0]
+        raise ValueError(f"spacing {spacing!r} is unknown; use trailing, leading, karras, logsnr or the times themselves, [1.0, 0.5]")
+    return [*(_entries(taus, k) if k else taus), 0.0]
+
+
+def _entries(taus: Sequence[float], k: int) -> list[float]:
+    """Times on a table of k, each once: where two fall on one entry, the later moves down, and there is room below for the rest."""
+    rows: list[int] = []
+    for i, tau in enumerate(taus):
+        rows.append(max(min(round(tau * k), rows[-1] - 1 if rows else k), len(taus) - i))
+    return [row / k for row in rows]

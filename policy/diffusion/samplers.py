@@ -1,4 +1,8 @@
-"""Samplers: (denoise, path, x (b,t,d), taus tau_max...0 (k+1 floats), cond) -> x0 (b,t,d). No state, no no_grad, loops unroll on export."""
+"""Samplers: (denoise, path, x (b,t,d), taus tau_max...0 (k+1 floats), cond) -> x0 (b,t,d). No state, no no_grad, loops unroll on export.
+
+Those that add noise on the way also take draw: x -> standard normal noise like x.
+"""
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -9,6 +13,7 @@ from policy.diffusion.path import Path
 from policy.types import Cond, Denoise
 
 Sampler = Callable[..., Tensor]
+Draw = Callable[[Tensor], Tensor]
 
 
 def _times(x: Tensor, here: float, there: float) -> tuple[Tensor, Tensor]:
@@ -26,30 +31,34 @@ def transition(path: Path, x: Tensor, x0: Tensor, tau: Tensor, nxt: Tensor, eta:
     return a2 * x0 + (s2**2 - std**2).clamp_min(0).sqrt() * (x - a * x0) / s, std
 
 
-def first_order(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], cond: Cond | None = None, *, eta: float = 0.0) -> Tensor:
+def trapezoid(denoise: Denoise, path: Path, x: Tensor, x0: Tensor, tau: Tensor, nxt: Tensor, cond: Cond | None) -> Tensor:
+    """One second-order step of the probability-flow ODE from x at tau, where x0 is denoised already, to nxt > 0 (Karras 2022, algorithm 1).
+
+    In u = x / alpha against r = sigma / alpha the ODE is du/dr = eps_hat on every path; the trapezoid averages both ends.
+    """
+    (a, s), (a2, s2) = path.at(tau, x), path.at(nxt, x)
+    eps = (x - a * x0) / s
+    euler = a2 * x0 + s2 * eps
+    eps = (eps + (euler - a2 * denoise(euler, nxt, cond)) / s2) / 2
+    return a2 * (x / a + (s2 / a2 - s / a) * eps)
+
+
+def first_order(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], cond: Cond | None = None, *, eta: float = 0.0,
+                draw: Draw = torch.randn_like) -> Tensor:
     """DDIM (eta 0) to DDPM / reverse SDE (eta 1), one network call a step."""
     for here, there in pairwise(taus):
         tau, nxt = _times(x, here, there)
         mean, std = transition(path, x, denoise(x, tau, cond), tau, nxt, eta)
-        x = mean + std * torch.randn_like(x) if eta and there > 0 else mean
+        x = mean + std * draw(x) if eta and there > 0 else mean
     return x
 
 
 def heun(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], cond: Cond | None = None) -> Tensor:
-    """Second order, two calls a step (Karras 2022, algorithm 1), in x / alpha against sigma / alpha so that it serves every path."""
+    """The probability-flow ODE in second order, two calls a step (Karras 2022, algorithm 1)."""
     for here, there in pairwise(taus):
         tau, nxt = _times(x, here, there)
-        (a, s), (a2, s2) = path.at(tau, x), path.at(nxt, x)
         x0 = denoise(x, tau, cond)
-        if there == 0:
-            x = x0
-            continue
-        eps = (x - a * x0) / s
-        euler = a2 * x0 + s2 * eps
-        back = denoise(euler, nxt, cond)
-        # d(x/alpha)/d(sigma/alpha) = eps; the trapezoid averages both ends
-        eps = (eps + (euler - a2 * back) / s2) / 2
-        x = a2 * (x / a + (s2 / a2 - s / a) * eps)
+        x = trapezoid(denoise, path, x, x0, tau, nxt, cond) if there > 0 else x0
     return x
 
 
@@ -66,4 +75,51 @@ def dpmpp_2m(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], con
         goal = x0 if old is None or h_old is None else x0 + h / h_old / 2 * (x0 - old)
         x = s2 / s * x - a2 * torch.expm1(-h) * goal
         old, h_old = x0, h
+    return x
+
+
+def langevin(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], cond: Cond | None = None, *, repeats: int = 5, rate: float = 0.1,
+             draw: Draw = torch.randn_like) -> Tensor:
+    """Annealed Langevin dynamics: at every noise level `repeats` steps along the score, then the next level; the last answer is denoised.
+
+    rate: step size over sigma^2 (NCSN's epsilon / sigma_L^2).   repeats * levels + 1 network calls.   Away from VE it walks in x / alpha.
+    Source: Song 2019 (NCSN) algorithm 1; the final denoising is Jolicoeur-Martineau's (2021).
+    """
+    for here, there in pairwise(taus):
+        tau, nxt = _times(x, here, there)
+        for _ in range(repeats):
+            x = _along_the_score(denoise, path, x, tau, cond, rate, draw)
+        x = denoise(x, tau, cond) if there == 0 else path.at(nxt, x)[0] / path.at(tau, x)[0] * x
+    return x
+
+
+def predictor_corrector(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], cond: Cond | None = None, *, repeats: int = 1,
+                        rate: float = 0.05, eta: float = 1.0, draw: Draw = torch.randn_like) -> Tensor:
+    """Each step of the reverse SDE (the predictor, eta as in first_order) is followed by `repeats` Langevin steps at the level it reached.
+
+    rate: step size over sigma^2; 2 snr^2 in the paper's terms, whose snr = .16 is .05.   Source: Song 2021 (score SDE) algorithms 2 and 3.
+    """
+    for here, there in pairwise(taus):
+        tau, nxt = _times(x, here, there)
+        mean, std = transition(path, x, denoise(x, tau, cond), tau, nxt, eta)
+        if there == 0:
+            return mean
+        x = mean + std * draw(x)
+        for _ in range(repeats):
+            x = _along_the_score(denoise, path, x, nxt, cond, rate, draw)
+    return x
+
+
+def _along_the_score(denoise: Denoise, path: Path, x: Tensor, tau: Tensor, cond: Cond | None, rate: float, draw: Draw) -> Tensor:
+    """x + h score + sqrt(2 h) noise with h = rate sigma^2, where the score is (alpha x0_hat - x) / sigma^2."""
+    a, s = path.at(tau, x)
+    return x + rate * (a * denoise(x, tau, cond) - x) + math.sqrt(2 * rate) * s * draw(x)
+
+
+def consistency(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], cond: Cond | None = None, *, draw: Draw = torch.randn_like) -> Tensor:
+    """Jump to data, noise again, jump again: k network calls, for a denoiser that jumps well (Song 2023, algorithm 1)."""
+    for here, there in pairwise(taus):
+        tau, nxt = _times(x, here, there)
+        x0 = denoise(x, tau, cond)
+        x = path.noise(x0, draw(x), nxt) if there > 0 else x0
     return x

@@ -13,14 +13,15 @@ class UNet1d(nn.Module):
     """x (b,t,d), tau (b,), cond -> (b,t,d).
 
     widths: channels of each level; time is halved between levels. Any t works: it is padded at the end (edge value) to a multiple of
-    2^(levels-1) and cut again.   cond_dim: features of Cond.flat (tokens x width), 0 for an unconditional net.
+    2^(levels-1) and cut again.   cond_shape: tokens and their width; (0, 0) for an unconditional net.
     """
 
-    def __init__(self, action_dim: int, cond_dim: int, *, widths: Sequence[int] = (64, 128, 256), kernel: int = 5, groups: int = 8,
+    def __init__(self, action_dim: int, cond_shape: tuple[int, int] = (0, 0), horizon: int | None = None, *, widths: Sequence[int] = (64, 128, 256), kernel: int = 5, groups: int = 8,
                  time_dim: int = 128, activation: str = "silu"):
         super().__init__()
         if any(w % groups for w in widths):
             raise ValueError(f"widths {list(widths)} must be multiples of groups={groups}")
+        cond_dim = cond_shape[0] * cond_shape[1]
         self.action_dim, self.cond_dim, self.stride = action_dim, cond_dim, 2 ** (len(widths) - 1)
         self.time = TimeEmbedding(time_dim, activation)
         self.act = ACTIVATIONS[activation]()

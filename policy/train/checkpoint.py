@@ -19,6 +19,7 @@ from torch import Tensor
 
 from policy.data.normalize import Normalizer
 from policy.diffusion.denoiser import Denoiser
+from policy.diffusion.guides import BestOf
 from policy.planner import Guide, Planner
 from policy.types import Spec
 
@@ -72,29 +73,32 @@ def read(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, 
 
 
 def build(config: dict[str, Any], spec: Spec, normalizer: Normalizer, *, trust: Sequence[str] = ()) -> Planner:
-    """A planner from its configuration: nodes encoder, net, schedule, denoiser, sampler, guides, padding_loss.
+    """A planner from its configuration: nodes encoder, net, schedule, denoiser, objective, sampler, guides, padding_loss …
 
     Only what policy.nets and policy.diffusion define is built, and what the packages named in `trust` do: a checkpoint is data, it cannot
     name arbitrary code.
     """
     check_targets(config, (*OURS, *trust))
     encoder = instantiate(config["encoder"], obs=dict(spec.obs), t_obs=spec.t_obs)
-    net = instantiate(config["net"], action_dim=spec.action_dim, cond_dim=encoder.tokens * encoder.dim)
+    net = instantiate(config["net"], action_dim=spec.action_dim, cond_shape=(encoder.tokens, encoder.dim), horizon=spec.horizon)
     denoiser = Denoiser(net, instantiate(config["schedule"]), **config["denoiser"])
-    return Planner(spec, normalizer, encoder, denoiser, guides=guides(config.get("guides"), trust), padding_loss=config.get("padding_loss", False),
-                   obs_noise=config.get("obs_noise", 0.0), **sampling(config["sampler"], trust))
+    learned = {k: config[k] for k in ("padding_loss", "obs_noise", "cond_drop") if k in config}
+    objective = {"objective": instantiate(config["objective"])} if "objective" in config else {}
+    return Planner(spec, normalizer, encoder, denoiser, guides=guides(config.get("guides"), trust), **objective, **learned,
+                   **sampling(config["sampler"], trust))
 
 
-def guides(config: dict[str, Any] | None, trust: Sequence[str] = ()) -> list[Guide]:
+def guides(config: dict[str, Any] | None, trust: Sequence[str] = ()) -> list[Guide | BestOf]:
     """conf/guide/*.yaml -> guides in their order."""
     check_targets(config, (*OURS, *trust))
     return [instantiate(g) for g in (config or {}).values()]
 
 
 def sampling(config: dict[str, Any], trust: Sequence[str] = ()) -> dict[str, Any]:
-    """conf/sampler/*.yaml -> the keyword arguments sampler, steps, spacing of a Planner."""
+    """conf/sampler/*.yaml -> the keyword arguments sampler, steps, spacing, temperature of a Planner."""
     check_targets(config, (*OURS, *trust))
-    return {"sampler": instantiate(config["fn"]), "steps": config["steps"], "spacing": config.get("spacing", "trailing")}
+    return {"sampler": instantiate(config["fn"]), "steps": config["steps"], "spacing": config.get("spacing", "trailing"),
+            "temperature": config.get("temperature", 1.0)}
 
 
 def load(run: str | Path, checkpoint: str = "policy", *, device: str = "cpu", trust: Sequence[str] = ()) -> tuple[Planner, dict[str, Any]]:

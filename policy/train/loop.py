@@ -153,7 +153,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * lr_scale(self.step, s)
         with self.autocast():
-            loss = self.loss_fn(batch).mean()
+            loss = self.loss_fn(batch, self.step / s.steps).mean()
         loss.backward()
         if s.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.planner.parameters(), s.grad_clip, foreach=True)
@@ -205,7 +205,8 @@ class Trainer:
         if facts["windows"] != len(self.data):
             raise ValueError(f"the run was trained on {facts['windows']} windows, this dataset has {len(self.data)}: resuming would not continue it. "
                              "Point data.path at the same dataset, or start a new run")
-        learned = [k for k in ("encoder", "net", "schedule", "denoiser", "padding_loss", "obs_noise") if facts["planner"].get(k) != self.config.get(k)]
+        kept = ("encoder", "net", "schedule", "denoiser", "objective", "padding_loss", "obs_noise", "cond_drop")
+        learned = [k for k in kept if facts["planner"].get(k) != self.config.get(k)]
         if learned:
             raise ValueError(f"the run was trained with another {', '.join(learned)}: {({k: facts['planner'].get(k) for k in learned})}. "
                              "A resumed run keeps what is learned; start a new run for another one")

@@ -82,7 +82,7 @@ def test_pin_keeps_what_is_known_and_clip_what_is_allowed(sampler):
     path, known = Cosine(), torch.full((5, 4, 2), 0.7)
     mask = torch.zeros(5, 4, 2, dtype=torch.bool)
     mask[:, 0] = True
-    x = sampler(pin(clip(lambda x, tau, cond: 3 * torch.ones_like(x)), known, mask), path, torch.randn(5, 4, 2), grid(path, 10))
+    x = sampler(pin(clip(lambda x, tau, cond: 3 * torch.ones_like(x)), known=known, mask=mask), path, torch.randn(5, 4, 2), grid(path, 10))
     torch.testing.assert_close(x[:, 0], known[:, 0])
     torch.testing.assert_close(x[:, 1:], torch.ones(5, 3, 2), rtol=0, atol=1e-5)
 
@@ -91,5 +91,5 @@ def test_guides_nest_in_either_order():
     inner = lambda x, tau, cond: 5 * torch.ones_like(x)  # noqa: E731
     known, mask = torch.full((1, 2, 1), 2.0), torch.tensor([[[True], [False]]])
     tau, x = torch.ones(1), torch.zeros(1, 2, 1)
-    assert pin(clip(inner), known, mask)(x, tau, None).flatten().tolist() == [2.0, 1.0]
-    assert clip(pin(inner, known, mask))(x, tau, None).flatten().tolist() == [1.0, 1.0]
+    assert pin(clip(inner), known=known, mask=mask)(x, tau, None).flatten().tolist() == [2.0, 1.0]
+    assert clip(pin(inner, known=known, mask=mask))(x, tau, None).flatten().tolist() == [1.0, 1.0]

@@ -160,7 +160,7 @@ def test_grids():
     assert [round(t * 100) - 1 for t in grid(PATHS["table"], 10, "leading")[:-1]] == [90, 80, 70, 60, 50, 40, 30, 20, 10, 0]  # RECIPES section 2
     with pytest.raises(ValueError, match="at most 100"):
         grid(PATHS["table"], 101)
-    with pytest.raises(ValueError, match="trailing or leading"):
+    with pytest.raises(ValueError, match="trailing, leading, karras, logsnr"):
         grid(Cosine(), 10, "sideways")
 
 

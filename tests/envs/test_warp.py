@@ -170,7 +170,7 @@ class Expert(nn.Module):
         self.spec = Spec(obs=obs, action_dim=task.action_shape[0], t_obs=1, horizon=2, fps=task.fps)
         self.task, self.anchor = task, nn.Parameter(torch.zeros(1))
 
-    def plan(self, obs, *, noise=None, prefix=None):
+    def plan(self, obs, *, noise=None, prefix=None, draw=None):
         expert = self.task.expert(len(noise), 0)
         for name in {"speed", "choice", "side"} & set(vars(expert)):
             getattr(expert, name)[:] = {"speed": 3.5 if self.task.name == "maze" else 0.06, "choice": 0, "side": 1}[name]

@@ -9,7 +9,7 @@ from policy.types import Cond
 
 def net_of(action_dim: int = 3, cond_dim: int = 10, **options) -> UNet1d:
     torch.manual_seed(0)
-    net = UNet1d(action_dim, cond_dim, **{"widths": (16, 32, 64), "groups": 4, "time_dim": 32, **options}).eval()
+    net = UNet1d(action_dim, (1, cond_dim), **{"widths": (16, 32, 64), "groups": 4, "time_dim": 32, **options}).eval()
     for p in net.parameters():  # norms and biases that a swapped or forgotten one would show
         p.data += 0.1 * torch.randn_like(p)
     return net

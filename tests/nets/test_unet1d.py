@@ -12,7 +12,7 @@ WIDTHS = (8, 16, 32)  # time is halved twice: lengths are padded to multiples of
 @pytest.fixture(scope="module")
 def net() -> UNet1d:
     torch.manual_seed(0)
-    return UNet1d(3, 10, widths=WIDTHS, groups=4, time_dim=16).eval()
+    return UNet1d(3, (2, 5), widths=WIDTHS, groups=4, time_dim=16).eval()
 
 
 def inputs(t: int, b: int = 4, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, Cond]:
@@ -39,7 +39,7 @@ def test_a_fitting_length_is_not_padded(net, monkeypatch):
 
 
 def test_the_number_of_parameters():
-    count = sum(p.numel() for p in UNet1d(2, 40, widths=(64, 128, 256)).parameters())
+    count = sum(p.numel() for p in UNet1d(2, (2, 20), widths=(64, 128, 256)).parameters())
     assert count == 4_559_554
 
 
@@ -80,14 +80,14 @@ def test_the_condition_and_the_noise_time_matter(net):
 
 
 def test_an_unconditional_net_needs_no_condition():
-    net = UNet1d(2, 0, widths=(8, 16), groups=4, time_dim=16)
+    net = UNet1d(2, (0, 0), widths=(8, 16), groups=4, time_dim=16)
     assert net(torch.randn(2, 6, 2), torch.rand(2)).shape == (2, 6, 2)
 
 
 def test_misfits_are_told(net):
     x, tau, cond = inputs(16)
     with pytest.raises(ValueError, match=r"widths \[8, 12\] must be multiples of groups=8"):
-        UNet1d(2, 4, widths=[8, 12])
+        UNet1d(2, (1, 4), widths=[8, 12])
     with pytest.raises(ValueError, match="conditioned on 10 features; pass cond"):
         net(x, tau)
     with pytest.raises(ValueError, match=r"expected shape \(b, t, d=3\), got \(4, 16, 2\)"):

@@ -115,7 +115,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path):
     t = trainer(tmp_path / "r", make_store(tmp_path / "d.zarr"), log=1000, save=5)
     honest = t.planner.loss
-    t.loss_fn = lambda batch: honest(batch) * (float("nan") if t.step == 12 else 1.0)
+    t.loss_fn = lambda batch, progress: honest(batch, progress) * (float("nan") if t.step == 12 else 1.0)
     with pytest.raises(NotFinite, match=r"step 12.*not_finite_step_12.*train.lr"):
         run(t)
     from safetensors.torch import load_file
