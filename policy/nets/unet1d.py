@@ -16,8 +16,8 @@ class UNet1d(nn.Module):
     2^(levels-1) and cut again.   cond_shape: tokens and their width; (0, 0) for an unconditional net.
     """
 
-    def __init__(self, action_dim: int, cond_shape: tuple[int, int] = (0, 0), horizon: int | None = None, *, widths: Sequence[int] = (64, 128, 256), kernel: int = 5, groups: int = 8,
-                 time_dim: int = 128, activation: str = "silu"):
+    def __init__(self, action_dim: int, cond_shape: tuple[int, int] = (0, 0), horizon: int | None = None, *,
+                 widths: Sequence[int] = (64, 128, 256), kernel: int = 5, groups: int = 8, time_dim: int = 128, activation: str = "silu"):
         super().__init__()
         if any(w % groups for w in widths):
             raise ValueError(f"widths {list(widths)} must be multiples of groups={groups}")
