@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from policy.types import Cond
+
 ACTIVATIONS = {"silu": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU}
 
 
@@ -23,6 +25,16 @@ class TimeEmbedding(nn.Module):
     def forward(self, tau: Tensor) -> Tensor:
         angle = tau[:, None].float() * self.freq
         return self.mlp(torch.cat([angle.sin(), angle.cos()], -1))
+
+
+def flat_condition(cond: Cond | None, cond_shape: tuple[int, int]) -> Tensor:
+    """cond.flat (b, n*d), absent tokens zeroed. ValueError when it is missing or not `cond_shape` = (n, d)."""
+    n, d = cond_shape
+    if cond is None:
+        raise ValueError(f"this net is conditioned on {n} tokens of {d} features; pass cond")
+    if tuple(cond.tokens.shape[1:]) != (n, d):
+        raise ValueError(f"this net is conditioned on {n} tokens of {d} features, got cond.tokens of shape {tuple(cond.tokens.shape)}")
+    return cond.flat
 
 
 class _ConvQuickGrad(torch.autograd.Function):
