@@ -1,13 +1,14 @@
 """From an observation history to a chunk of actions: normaliser, encoder, denoiser, sampler and guides as one pure function."""
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from policy.data.normalize import Normalizer
 from policy.diffusion.denoiser import Denoiser
-from policy.diffusion.guides import BestOf, Frame, pin
+from policy.diffusion.guides import HARD, WITHOUT_GRADIENT, BestOf, Frame, NotFinite, base, cfg, pin, scores
 from policy.diffusion.objective import Objective, denoising
 from policy.diffusion.path import grid
 from policy.diffusion.samplers import Draw, Sampler, first_order
@@ -30,8 +31,9 @@ class Planner(nn.Module):
                  objective: Objective = denoising, padding_loss: bool = False, obs_noise: float = 0.0, cond_drop: float = 0.0):
         super().__init__()
         self.spec, self.normalizer, self.encoder, self.denoiser, self.objective = spec, normalizer, encoder, denoiser, objective
-        self.guides, self.padding_loss, self.obs_noise, self.cond_drop = list(guides), padding_loss, obs_noise, cond_drop
+        self.padding_loss, self.obs_noise, self.cond_drop = padding_loss, obs_noise, cond_drop
         self.set_sampler(sampler, steps, spacing, temperature)
+        self.set_guides(guides)
 
     def set_sampler(self, sampler: Sampler, steps: int, spacing: str | Sequence[float] = "trailing", temperature: float = 1.0) -> None:
         """Draw plans differently from now on; nothing learned changes. ValueError when the sampler cannot follow the planner's path.
@@ -46,6 +48,26 @@ class Planner(nn.Module):
         trial = torch.zeros(1, self.spec.horizon, 1)
         sampler(lambda x, tau, cond: x, path, trial, taus, None, **({"draw": torch.zeros_like} if noisy else {}))  # a misfit shows now, not on the robot
         self.sampler, self.taus, self.temperature, self.noisy = sampler, taus, temperature, noisy
+
+    def set_guides(self, guides: Sequence[Guide | BestOf]) -> None:
+        """Guide plans differently from now on; nothing learned changes. ValueError, or what a guide raises, when they cannot work here."""
+        if any(base(g) is cfg for g in guides) and not self.cond_drop:
+            raise ValueError("classifier-free guidance needs a policy that was also trained without its condition, and this one has cond_drop=0: "
+                             "train with cond_drop=0.1, or choose another guide")
+        best = [g for g in guides if isinstance(g, BestOf)]
+        if len(best) > 1:
+            raise ValueError("plans are chosen once: one BestOf, whose value may add several")
+        g = torch.Generator().manual_seed(0)  # a misfit shows now, not on the robot: the guides around a denoiser that knows nothing
+        x = 0.3 * torch.randn(2, self.spec.horizon, self.spec.action_dim, generator=g)
+        obs = {k: 0.3 * torch.randn(2, self.spec.t_obs, *size, generator=g) for k, size in self.spec.obs.items()}
+        first = next(self.normalizer.buffers())
+        x, obs = x.to(first), self.normalizer.decode({k: v.to(first) for k, v in obs.items()})
+        frame = self.frame(obs)
+        with suppress(NotFinite), torch.no_grad():  # random numbers are no place to judge values
+            self._wrap(guides, lambda x, tau, cond: x, frame)(x, x.new_full((2,), self.denoiser.path.tau_max / 2), Cond(x[:, :1]))
+            for b in best:
+                scores(b.value, frame.decode(x), obs)
+        self.guides = list(guides)
 
     def loss(self, batch: Batch, progress: float = 0.0) -> Tensor:
         """Mean loss of each sample, (b,). progress in [0, 1]: how much of training is done."""
@@ -74,9 +96,10 @@ class Planner(nn.Module):
 
     def guided(self, obs: Obs) -> Denoise:
         """The denoiser inside all guides, for plans that answer obs."""
-        denoise: Denoise = self.denoiser
-        frame = self.frame(obs)
-        for guide in self.guides:
+        return self._wrap(self.guides, self.denoiser, self.frame(obs))
+
+    def _wrap(self, guides: Sequence[Guide | BestOf], denoise: Denoise, frame: Frame) -> Denoise:
+        for guide in guides:
             if not isinstance(guide, BestOf):
                 denoise = guide(denoise, frame)
         return denoise
@@ -99,22 +122,31 @@ class Planner(nn.Module):
 
     def sample(self, obs: Obs, cond: Cond, *, noise: Tensor | None = None, prefix: Tensor | None = None, draw: Draw = torch.randn_like) -> Tensor:
         """plan, for a condition that is encoded already; no BestOf."""
+        if torch.is_inference_mode_enabled() and any(base(g) not in WITHOUT_GRADIENT for g in self.guides):
+            with torch.inference_mode(False), torch.no_grad():
+                # inference mode is the quicker, but its tensors take no part in gradients
+                noise, prefix = (None if x is None else x.clone() for x in (noise, prefix))
+                return self.sample({k: v.clone() for k, v in obs.items()}, cond.map(torch.clone), noise=noise, prefix=prefix, draw=draw)
         b = len(cond.tokens)
         size = (b, self.spec.horizon, self.spec.action_dim)
         if noise is None:
             noise = torch.randn(size, device=cond.tokens.device, dtype=cond.tokens.dtype)
         shape(noise, "b t d", b=b, t=size[1], d=size[2])
-        denoise = self.guided(obs)
+        frame = self.frame(obs)
+        denoise = self._wrap(self.guides, self.denoiser, frame)
+        settle = self._wrap([g for g in self.guides if base(g) in HARD], lambda x, tau, cond: x, frame)
         if prefix is not None:
             _, p, _ = shape(prefix, "b p d", b=b, d=size[2])
             if p > size[1]:
                 raise ValueError(f"prefix promises {p} actions, more than the horizon {size[1]}")
             known = torch.zeros_like(noise)
             known[:, :p] = self.normalizer.encode({"action": prefix})["action"]
-            denoise = pin(denoise, known=known, mask=torch.arange(size[1], device=noise.device)[:, None] < p)
+            mask = torch.arange(size[1], device=noise.device)[:, None] < p
+            denoise, settle = pin(denoise, known=known, mask=mask), pin(settle, known=known, mask=mask)
         options = {"draw": lambda x: self.temperature * draw(x)} if self.noisy else {}
         start = noise * (self.temperature * self.denoiser.path.start_std())
         x = self.sampler(denoise, self.denoiser.path, start, self.taus, cond, **options)
+        x = settle(x, x.new_zeros(b), cond)  # not every sampler ends on x0_hat, nor are the hard guides always outermost
         actions = self.normalizer.decode({"action": x})["action"]
         if prefix is not None:
             actions = torch.cat([prefix, actions[:, prefix.shape[1]:]], 1)
@@ -131,6 +163,6 @@ class Planner(nn.Module):
             return torch.stack([draw(part) for part in x.unflatten(0, (b, n)).unbind(1)], 1).flatten(0, 1)
 
         plans = self.sample(obs, cond, noise=starts, prefix=None if prefix is None else prefix.repeat_interleave(n, 0), draw=each)
-        value = best.value(plans, obs)
-        shape(value, "b", b=b * n)
+        value = scores(best.value, plans, obs)
+        value = torch.where(plans.isfinite().flatten(1).all(1), value, -torch.inf)
         return plans.unflatten(0, (b, n))[torch.arange(b, device=plans.device), value.reshape(b, n).argmax(1)]

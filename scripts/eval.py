@@ -28,7 +28,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         raise ValueError(f"precision={cfg.precision} is unknown; use fp32 or bf16")
     if cfg.precision == "bf16":
         planner.denoiser.net = quick(planner.denoiser.net)
-    planner.guides = checkpoint.guides(common.plain(cfg.guide), list(cfg.trust))
+    planner.set_guides(checkpoint.guides(common.plain(cfg.guide), list(cfg.trust)))
     torch.manual_seed(cfg.seed)  # a stochastic sampler's draws
     out = sweep.own(Path(cfg.out)) if cfg.out else folder / "eval" / result_name(cfg.checkpoint)
     episodes = cfg.episodes if cfg.episodes is not None else 100 if cfg.until is None else 2000

@@ -108,9 +108,9 @@ def test_a_clip_keeps_plans_inside_the_data():
     wild = around(Fixed(torch.tensor([3.0, -7.0]).expand(8, 2).contiguous()))
     obs = {"x": torch.full((1, 2, 3), 104.0)}
     torch.testing.assert_close(wild.plan(obs)[0, 0], torch.tensor([800.0, -0.2]))
-    wild.guides = [clip]
+    wild.set_guides([clip])
     torch.testing.assert_close(wild.plan(obs)[0, 0], torch.tensor([600.0, -0.02]))
-    wild.guides = [functools.partial(clip, limit=0.5), lambda denoise, frame: lambda x, tau, cond: denoise(x, tau, cond) + 1]  # the last is outermost
+    wild.set_guides([functools.partial(clip, limit=0.5), lambda denoise, frame: lambda x, tau, cond: denoise(x, tau, cond) + 1])  # the last is outermost
     torch.testing.assert_close(wild.plan(obs)[0, 0], torch.tensor([650.0, 0.025]))
 
 

@@ -91,7 +91,7 @@ def build(config: dict[str, Any], spec: Spec, normalizer: Normalizer, *, trust: 
 def guides(config: dict[str, Any] | None, trust: Sequence[str] = ()) -> list[Guide | BestOf]:
     """conf/guide/*.yaml -> guides in their order."""
     check_targets(config, (*OURS, *trust))
-    return [instantiate(g) for g in (config or {}).values()]
+    return [instantiate(g, _convert_="all") for g in (config or {}).values()]
 
 
 def sampling(config: dict[str, Any], trust: Sequence[str] = ()) -> dict[str, Any]:
