@@ -111,12 +111,9 @@ def predictor_corrector(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[
 
 
 def _along_the_score(denoise: Denoise, path: Path, x: Tensor, tau: Tensor, cond: Cond | None, rate: float, draw: Draw) -> Tensor:
-    """x + h score + sqrt(2 h - h^2 / sigma^2) noise with h = rate sigma^2: the last term, none for small h, makes a point mass's steps exact.
-
-    The score is (alpha x0_hat - x) / sigma^2.
-    """
+    """x + h score + sqrt(2 h) noise with h = rate sigma^2, where the score is (alpha x0_hat - x) / sigma^2."""
     a, s = path.at(tau, x)
-    return x + rate * (a * denoise(x, tau, cond) - x) + math.sqrt(rate * (2 - rate)) * s * draw(x)
+    return x + rate * (a * denoise(x, tau, cond) - x) + math.sqrt(2 * rate) * s * draw(x)
 
 
 def consistency(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], cond: Cond | None = None, *, draw: Draw = torch.randn_like) -> Tensor:

@@ -1,68 +1,11 @@
-"""Every sampler on every path against exact answers: a Gaussian target with the perfect denoiser, closed forms, diffusers."""
-import math
-
+"""Samplers and compiled schedulers against diffusers, step by step and as whole loops; grids; the reference's schedule."""
 import pytest
 import torch
 
 from policy.diffusion.from_diffusers import compile_scheduler, scheduler
-from policy.diffusion.path import VE, VP, Cosine, Linear, Path, Table, grid
-from policy.diffusion.samplers import dpmpp_2m, first_order, heun, transition
-
-MEAN, STD = 0.4, 0.2
-PATHS = {"linear": Linear(), "cosine": Cosine(), "vp": VP(), "ve": VE(), "table": Table.named("squaredcos_cap_v2", 100)}
-SAMPLERS = {"ddim": first_order, "ddpm": lambda *a: first_order(*a, eta=1.0), "heun": heun, "dpmpp_2m": dpmpp_2m}
-
-
-def exact(path: Path, mean=MEAN, std=STD):
-    """E[x0 | x] for x0 ~ N(mean, std^2): the perfect network."""
-    def denoise(x, tau, cond=None):
-        a, s = path.at(tau, x)
-        return mean + a * std**2 / (a**2 * std**2 + s**2) * (x - a * mean)
-    return denoise
-
-
-def start(path: Path, n=20_000):
-    """Samples of the path's exact marginal at tau_max."""
-    a, s = path.at(torch.full((n,), path.tau_max, dtype=torch.float64), torch.zeros(n, 1, 1))
-    return a * (MEAN + STD * torch.randn(n, 1, 1, dtype=torch.float64)) + s * torch.randn(n, 1, 1, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("path", PATHS)
-def test_every_sampler_recovers_the_gaussian_on_every_path(path, sampler):
-    torch.manual_seed(0)
-    steps = 100 if path == "table" else 400 if sampler == "ddpm" else 200
-    x = SAMPLERS[sampler](exact(PATHS[path]), PATHS[path], start(PATHS[path]), grid(PATHS[path], steps))
-    tolerance = 0.02 if path == "table" else 0.01
-    assert abs(x.mean() - MEAN) < tolerance and abs(x.std() - STD) < tolerance, (x.mean().item(), x.std().item())
-
-
-@pytest.mark.parametrize("path", ["linear", "cosine", "vp", "ve"])
-def test_a_wrong_sampler_would_be_seen(path):
-    """The test above can fail: half the noise gives the wrong spread on every path."""
-    torch.manual_seed(0)
-    x = first_order(lambda x, tau, cond: exact(PATHS[path])(x, tau) * 0.9, PATHS[path], start(PATHS[path]), grid(PATHS[path], 200))
-    assert abs(x.mean() - MEAN) > 0.01
-
-
-@pytest.mark.parametrize("name", ["cosine", "ve"])
-def test_error_falls_with_the_order_of_the_solver(name):
-    """Against the closed-form ODE map of a Gaussian, on steps even in log-SNR away from the ends: slope 1 and 2."""
-    path = PATHS[name]
-    torch.manual_seed(0)
-    hi, lo = {"cosine": (0.9, 0.1), "ve": (0.6, 0.2)}[name]
-    x = torch.randn(200, 1, 1, dtype=torch.float64)
-    (a, s), (a2, s2) = (path.at(torch.full((200,), t, dtype=torch.float64), x) for t in (hi, lo))
-    x = a * MEAN + (a**2 * STD**2 + s**2).sqrt() * x
-    want = a2 * MEAN + ((a2**2 * STD**2 + s2**2) / (a**2 * STD**2 + s**2)).sqrt() * (x - a * MEAN)
-
-    def slope(sampler):
-        error = [(sampler(exact(path), path, x, torch.linspace(hi, lo, k + 1).tolist()) - want).abs().max().item() for k in (64, 128)]
-        return math.log2(error[0] / error[1])
-
-    assert abs(slope(first_order) - 1) < 0.1
-    assert abs(slope(heun) - 2) < 0.1
-    assert slope(dpmpp_2m) > 1.7  # on the cosine path its errors on a Gaussian nearly cancel
+from policy.diffusion.path import VE, Cosine, grid
+from policy.diffusion.samplers import dpmpp_2m, transition
+from tests.diffusion.exact import MEAN, PATHS, STD, gaussian, start
 
 
 @pytest.mark.parametrize("i", [99, 57, 1])
@@ -102,8 +45,8 @@ def test_dpmpp_2m_is_diffusers_on_the_same_times():
     torch.manual_seed(0)
     path = PATHS["table"]
     x = torch.randn(50, 1, 1, dtype=torch.float64)
-    theirs = scheduler("DPMSolverMultistep", lower_order_final=True, euler_at_final=True)(exact(path), path, x * path.start_std(), grid(path, 20))
-    ours = dpmpp_2m(exact(path), path, x * path.start_std(), grid(path, 20))
+    theirs = scheduler("DPMSolverMultistep", lower_order_final=True, euler_at_final=True)(gaussian(path), path, x * path.start_std(), grid(path, 20))
+    ours = dpmpp_2m(gaussian(path), path, x * path.start_std(), grid(path, 20))
     assert (ours - theirs).abs().max() < 2e-3
 
 
@@ -142,7 +85,7 @@ def test_a_compiled_scheduler_is_diffusers_own_loop(name):
                                             ("EDMDPMSolverMultistep", "ve"), ("UniPCMultistep", "vp"), ("HeunDiscrete", "cosine")])
 def test_a_compiled_scheduler_recovers_the_gaussian(name, path):
     torch.manual_seed(0)
-    x = scheduler(name)(exact(PATHS[path]), PATHS[path], start(PATHS[path]), grid(PATHS[path], 100))
+    x = scheduler(name)(gaussian(PATHS[path]), PATHS[path], start(PATHS[path], 20_000), grid(PATHS[path], 100))
     assert abs(x.mean() - MEAN) < 0.01 and abs(x.std() - STD) < 0.02, (x.mean().item(), x.std().item())
 
 
