@@ -187,7 +187,7 @@ def test_training_without_a_teacher_shares_the_noise():
 
 @pytest.mark.parametrize("target", ["eps", "score", "x0"])
 def test_a_target_that_cannot_be_consistent_is_refused(target):
-    with pytest.raises(ValueError, match="denoiser.target=v, flow or edm"):
+    with pytest.raises(ValueError, match=r"denoiser\.target=v, flow or edm"):
         consistency(perfect(gaussian(PATHS["cosine"]), PATHS["cosine"], target), torch.zeros(4, 2, 1))
 
 
