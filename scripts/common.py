@@ -27,7 +27,7 @@ from policy.train.log import bar, console
 from policy.types import Spec
 from scripts import films, sweep
 
-LEARNED = ("padding_loss", "obs_noise", "cond_drop", "normalize", "t_obs", "horizon", "data", "train", "density", "formalism")
+LEARNED = ("padding_loss", "obs_noise", "cond_drop", "normalize", "t_obs", "horizon", "data", "train", "density", "formalism", "teacher")
 PLANNER = ("encoder", "net", "schedule", "denoiser", "objective", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
 
 
@@ -64,7 +64,7 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
     before = {o.split("=")[0]: o for o in _trained_with(folder)}
     again = {o.split("=")[0] for o in now}
     both = compose(name, [*(o for key, o in before.items() if key not in again), *now])  # so that sampler.steps=4 keeps the sampler the run was trained with
-    touched = {o.lstrip("+~").split("=")[0].split(".")[0].split("/")[0].split("@")[0] for o in now} - {"run", "resume"}
+    touched = {key_of(o) for o in now} - {"run", "resume"}
     if name == "eval" and (learned := sorted(touched & {*PLANNER, *LEARNED} - {"sampler"})):
         raise ValueError(f"{', '.join(learned)} cannot change after training; train a new run with it. What can: env, sampler, guide, control")
     if "recipe" in touched:
@@ -80,11 +80,16 @@ def _trained_with(folder: Path) -> list[str]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def write_start(folder: Path, cfg: DictConfig) -> None:
+def key_of(override: str) -> str:
+    """The configuration's node an override is about: `+net.widths=[8]` -> net."""
+    return override.lstrip("+~").split("=")[0].split(".")[0].split("/")[0].split("@")[0]
+
+
+def write_start(folder: Path, cfg: DictConfig, said: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    said = {o.split("=")[0]: o for o in [*_trained_with(folder), *overrides()]}  # the last word on a key counts
-    (folder / "overrides.json").write_text(json.dumps([o for key, o in said.items() if key not in ("run", "resume")]))
+    last = {o.split("=")[0]: o for o in [*_trained_with(folder), *(overrides() if said is None else said)]}  # the last word on a key counts
+    (folder / "overrides.json").write_text(json.dumps([o for key, o in last.items() if key not in ("run", "resume")]))
     (folder / "versions.json").write_text(json.dumps(checkpoint.versions(), indent=1))
 
 

@@ -1,4 +1,6 @@
 """Train a planner on demonstrations: dipole train recipe=gantry data.path=demos/gantry.zarr."""
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policy.data.normalize import Normalizer
 from policy.data.store import Store
+from policy.diffusion.objective import consistency
 from policy.planner import Planner
 from policy.train import checkpoint
 from policy.train.log import Log, console, read_rows
@@ -16,8 +19,11 @@ from scripts import common, sweep
 from scripts.verb import verb
 
 
-def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Train into folder; what it cost, the last loss, and the metrics of the last rollout when there was one."""
+def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train into folder; what it cost, the last loss, and the metrics of the last rollout when there was one.
+
+    said: overrides that a later eval of this run starts from; those of the command line.
+    """
     torch.set_num_threads(cfg.threads)
     device = checkpoint.pick_device(cfg.device)
     data, val = (common.dataset(cfg, split, device) for split in ("train", "val"))
@@ -27,6 +33,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     torch.manual_seed(cfg.train.seed)  # initial weights
     config = common.planner_config(cfg)
     planner = checkpoint.build(config, spec, Normalizer.fit(data.arrays, modes), trust=list(cfg.trust)).to(device)
+    if cfg.teacher:
+        taught_by(planner, cfg)
     settings = Settings(**{**common.plain(cfg.train), "betas": tuple(cfg.train.betas)})
     last: dict[str, Any] = {}
 
@@ -39,7 +47,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     trainer = Trainer(planner, data, folder, settings, config=config, val=val, rollout=rollout)
     if cfg.resume:
         trainer.resume()
-    common.write_start(folder, OmegaConf.create({**cfg, "resume": False}))  # only now: a refused configuration leaves no folder behind
+    common.write_start(folder, OmegaConf.create({**cfg, "resume": False}), said)  # only now: a refused configuration leaves no folder behind
     console.print(f"{folder}: {len(data.episodes)} episodes, {len(data)} windows, {sum(p.numel() for p in planner.parameters()) / 1e6:.2f} M parameters, "
                   f"{device}, {'bf16' if trainer.bf16 else 'fp32'}", highlight=False)
     with Log(folder, config={**config, "train": common.plain(cfg.train), "versions": checkpoint.versions()}, resume_at=trainer.step, **cfg.log) as log:
@@ -49,6 +57,16 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         sweep.interrupted()
     losses = [row["loss"] for row in read_rows(folder / "train.jsonl") if "loss" in row]
     return {"folder": str(folder), "step": trainer.step, "cpu_s": trainer.cpu_s, "loss": losses[-1] if losses else None, **last}
+
+
+def taught_by(planner: Planner, cfg: DictConfig) -> None:
+    """Start from the teacher's weights and let the objective compare with it. The encoder stays as it is, so both see the same condition."""
+    teacher, _ = checkpoint.load(cfg.teacher, cfg.teacher_checkpoint, device=str(checkpoint.pick_device(cfg.device)), trust=list(cfg.trust))
+    if not (isinstance(planner.objective, partial) and planner.objective.func is consistency):
+        raise ValueError("a teacher is for objective=consistency: dipole distill sets it")
+    planner.load_state_dict(teacher.state_dict())
+    planner.encoder.requires_grad_(False)
+    planner.objective = partial(planner.objective, teacher=teacher.denoiser)
 
 
 def spec_of(cfg: DictConfig, shapes: dict[str, tuple[int, ...]]) -> Spec:
