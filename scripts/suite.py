@@ -43,6 +43,15 @@ class Row:
     cpu_s: float = 120.0
     needs: str | None = None
     data: str | None = None
+    of: "Row | None" = None       # whose training this row evaluates in another way
+    teacher: "Row | None" = None  # whose training this row distils: train is what `dipole distill` is told
+    after: list[list[str]] = field(default_factory=list)  # what else to run on the trained policy: [eval, do=likelihood]
+
+    def run(self, seed: int) -> Path:
+        return (self.of or self).folder / f"seed{seed}"
+
+    def failed(self, seed: int) -> Path:
+        return self.folder / f"seed{seed}.failed.json"
 
     def lacking(self) -> str:
         """Why this row cannot be done here, or ''."""
@@ -60,9 +69,9 @@ class Stopped(Exception):
     """A stage did not end well; its text says why."""
 
 
-def measure(cfg: DictConfig) -> Facts:
-    """Fill the table as far as it is not filled yet, and return it."""
-    folder = Path(cfg.run) / "suite"
+def measure(cfg: DictConfig, name: str = "suite", write: Callable[[Path, Facts], None] = suite_page.write) -> Facts:
+    """Fill the table <run>/<name> as far as it is not filled yet, and return it."""
+    folder = Path(cfg.run) / name
     rows = chosen(cfg, folder)
     seeds = list(cfg.seeds)
     with terminable(), bar() as progress:
@@ -81,13 +90,13 @@ def measure(cfg: DictConfig) -> Facts:
                             progress.update(task, completed=start + done * row.cpu_s, note=text)
                         cell(row, seed, cfg, show)
                         progress.update(task, completed=start + row.cpu_s)
-                        suite_page.write(folder, table(cfg, folder))
+                        write(folder, table(cfg, folder))
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from here")
             raise
         finally:
             found = table(cfg, folder)
-            suite_page.write(folder, found)
+            write(folder, found)
     return found
 
 
@@ -97,29 +106,50 @@ def chosen(cfg: DictConfig, folder: Path) -> list[Row]:
     only = list(cfg.only) if cfg.only else list(known)
     if wrong := [name for name in only if name not in known]:
         raise ValueError(f"there is no row {', '.join(wrong)} in the suite; choose from {', '.join(known)}, or add yours to conf/suite.yaml")
-    return [Row(name, folder / name, **known[name]) for name in only]
+    return [row_of(name, known, folder) for name in only]
+
+
+def row_of(name: str, known: dict[str, Facts], folder: Path) -> Row:
+    """A row with the rows it builds on."""
+    said = known[name]
+    others = {key: row_of(said[key], known, folder) for key in ("of", "teacher") if said.get(key)}
+    return Row(name, folder / name, **{"train": [], **said, **others})
 
 
 def cell(row: Row, seed: int, cfg: DictConfig, show: Callable[[str, float], None]) -> None:
     """Collect, train and evaluate one seed of a row; what goes wrong is noted in its folder, and the next one is done."""
-    run, failed = row.folder / f"seed{seed}", row.folder / f"seed{seed}.failed.json"
+    run, own, failed = row.run(seed), row.folder / f"seed{seed}", row.failed(seed)
     try:
+        learn(row.of or row, seed, show)
         with locked(row.folder, lambda: show(f"{row.name}: waiting for another process", 0.0)) as lock:
             failed.unlink(missing_ok=True)
-            demos = row.folder / "demos.zarr"
-            if row.collect:
-                stage(row.folder / "collect", ["collect", *row.collect, f"path='{demos}'"], lock, unfinished=demos,
-                      watch=lambda: show(f"{row.name}: demonstrations", 0.0), label=row.name)
-            named = [f"data.path='{demos}'"] if row.collect else []
-            train = ["train", *row.train, *named, f"train.seed={seed}", f"run='{run}'", "log.wandb=disabled"]
-            stage(run.with_suffix(".train"), train, lock, resume=run, watch=lambda: show(f"{row.name} seed {seed}: training", trained(run)),
-                  label=f"{row.name} seed {seed}")
-            out = run / "eval" / "suite"
-            stage(run.with_suffix(".eval"), ["eval", f"run='{run}'", f"out='{out}'", f"episodes={cfg.episodes}", f"seed={cfg.seed}", *row.eval], lock,
-                  again=True, watch=lambda: show(f"{row.name} seed {seed}: {cfg.episodes} episodes", 1.0), label=f"{row.name} seed {seed}")
+            out, label = own / "eval" / "suite", f"{row.name} seed {seed}"
+            asked = ["eval", f"run='{run}'", f"out='{out}'", f"episodes={cfg.episodes}", f"seed={cfg.seed}", *row.eval]
+            stage(own.with_suffix(".eval"), asked, lock, again=True, watch=lambda: show(f"{label}: {cfg.episodes} episodes", 1.0), label=label)
+            for more in row.after:
+                what = more[1].removeprefix("do=")
+                stage(own.with_suffix(f".{what}"), [*more, f"run='{run}'", f"out='{own / 'eval' / what}'"], lock, again=True,
+                      watch=lambda what=what: show(f"{label}: {what}", 1.0), label=label)  # type: ignore[misc]
     except Stopped as e:
         note(row.folder / "skipped.json" if "is not installed" in str(e) else failed, {"reason": str(e)})
         console.print(f"[red]{row.name} seed {seed}[/]: {escape(str(e))}", highlight=False)
+
+
+def learn(row: Row, seed: int, show: Callable[[str, float], None]) -> None:
+    """Collect and train one seed of a row, its teacher first. Raises Stopped."""
+    if row.teacher:
+        learn(row.teacher, seed, show)
+    run, label = row.run(seed), f"{row.name} seed {seed}"
+    with locked(row.folder, lambda: show(f"{row.name}: waiting for another process", 0.0)) as lock:
+        row.failed(seed).unlink(missing_ok=True)
+        demos = row.folder / "demos.zarr"
+        if row.collect:
+            stage(row.folder / "collect", ["collect", *row.collect, f"path='{demos}'"], lock, unfinished=demos,
+                  watch=lambda: show(f"{row.name}: demonstrations", 0.0), label=row.name)
+        named = [f"data.path='{demos}'"] if row.collect else []
+        where = ["distill", f"run='{row.teacher.run(seed)}'", f"out='{run}'"] if row.teacher else ["train", f"run='{run}'"]
+        train = [where[0], *row.train, *named, f"train.seed={seed}", *where[1:], "log.wandb=disabled"]
+        stage(run.with_suffix(".train"), train, lock, resume=run, watch=lambda: show(f"{label}: training", trained(run)), label=label)
 
 
 def stage(path: Path, argv: list[str], lock: int, *, watch: Callable[[], None], label: str, again: bool = False, unfinished: Path | None = None,
@@ -204,14 +234,15 @@ def terminable() -> Iterator[None]:
 # ---------------------------------------------------------------- what is known
 def table(cfg: DictConfig, folder: Path) -> Facts:
     """All rows, from the files that the stages have left."""
-    rows = [result(Row(name, folder / name, **settings), list(cfg.seeds)) for name, settings in common.plain(cfg.rows).items()]
+    known = common.plain(cfg.rows)
+    rows = [result(row_of(name, known, folder), list(cfg.seeds)) for name in known]
     return {r["name"]: r for r in rows if r["cells"] or r.get("skipped")}
 
 
 def result(row: Row, seeds: Sequence[int]) -> Facts:
     cells = [c for seed in seeds if (c := cell_result(row, seed))]
     done = [c for c in cells if c["status"] == "done"]
-    found: Facts = {"name": row.name, "recipe": " ".join(row.train), "budget_cpu_s": row.cpu_s, "cells": cells,
+    found: Facts = {"name": row.name, "recipe": " ".join((row.of or row).train), "budget_cpu_s": row.cpu_s, "cells": cells,
                     "skipped": (read(row.folder / "skipped.json") or {}).get("reason")}
     if made := read(row.folder / "collect.json"):
         found |= {"collect_cpu_s": made["cpu_s"], "collect": made["command"], "demonstrations": Store.open(row.folder / "demos.zarr").episodes}
@@ -222,13 +253,13 @@ def result(row: Row, seeds: Sequence[int]) -> Facts:
 
 
 def cell_result(row: Row, seed: int) -> Facts | None:
-    run = row.folder / f"seed{seed}"
-    if bad := read(row.folder / f"seed{seed}.failed.json"):
+    own = row.folder / f"seed{seed}"
+    if bad := read(row.failed(seed)):
         return {"seed": seed, "status": "failed", "reason": bad["reason"]}
-    train, evaluated = (read(run.with_suffix(f".{s}.json")) for s in ("train", "eval"))
+    train, evaluated = read(row.run(seed).with_suffix(".train.json")), read(own.with_suffix(".eval.json"))
     if not train or not evaluated:
         return None
-    metrics = read(run / "eval" / "suite" / "metrics.json") or {}
+    metrics = read(own / "eval" / "suite" / "metrics.json") or {}
     kept = ("success", "success_ci", "score", "score_ci", "episodes", "plan_ms", "errors")
     return {"seed": seed, "status": "done", **{k: metrics[k] for k in kept if k in metrics}, "train_cpu_s": train["cpu_s"], "step": train["step"],
             "eval_cpu_s": evaluated["cpu_s"], "commit": train["commit"], "commands": [train["command"], evaluated["command"]],
