@@ -19,7 +19,7 @@ def wilson(successes: int, n: int, z: float = Z) -> Interval:
         raise ValueError(f"{successes} successes of {n} episodes is not a rate")
     p, d = successes / n, 1 + z**2 / n
     centre, half = (p + z**2 / (2 * n)) / d, z / d * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if successes == 0 else max(0.0, centre - half), 1.0 if successes == n else min(1.0, centre + half)  # exact, where rounding is not
 
 
 def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0, draws: int = 10_000) -> Interval:

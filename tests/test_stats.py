@@ -21,6 +21,12 @@ def test_wilson_is_scipys():
             wilson(k, n)
 
 
+def test_wilson_ends_at_0_and_1_exactly():
+    """A bar of errors from them may not be negative by a rounding."""
+    for z in (stats.Z, stats.Z_LOOKED):
+        assert all(wilson(n, n, z)[1] == 1.0 and wilson(0, n, z)[0] == 0.0 for n in range(1, 1001))
+
+
 def coverage(p: float, half_width: float, look_every: int, most: int = 2000, z: float = stats.Z_LOOKED) -> tuple[float, float]:
     """Exact share of evaluations whose final interval holds p, and their mean length, when they stop at the first look that is enough."""
     alive, n, held, length = np.ones(1), 0, 0.0, 0.0  # alive[k]: probability of being here with k successes
