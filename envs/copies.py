@@ -51,7 +51,7 @@ class Copies(ChunkEnv):
     workers:  processes, at most one per copy (default: one per core). 0: all in this process, where nothing can stop a copy that hangs.
     timeout:  seconds that one reset or step of one copy may take.
 
-    success in info is the environment's success or is_success, else a termination that is no truncation; its other numbers are the metrics.
+    success in info is the environment's success or is_success, else a termination; its other numbers are the metrics.
     RuntimeError with the process's traceback when not even the first copy can be made.
     """
 

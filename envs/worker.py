@@ -149,7 +149,7 @@ class Group:
             if not np.isfinite(value).all():
                 raise Unfit(not_finite(kind, name, np.asarray(value)))
         row[TERMINATED], row[TRUNCATED], row[ELAPSED] = bool(terminated), bool(truncated), elapsed
-        row[SUCCESS] = bool(info.get("success", info.get("is_success", terminated and not truncated)))
+        row[SUCCESS] = bool(info.get("success", info.get("is_success", terminated)))
         numbers = (bool, int, float, np.number, np.bool_)
         return {**row, **{("info", name): float(value) for name, value in info.items() if isinstance(value, numbers) and name not in OWN}}
 

@@ -25,9 +25,9 @@ def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int
     until: stop as soon as the interval of success is ± until, looking when all copies have finished; `episodes` is then the most.
     Copies with `step_chunk` (envs.vector.ChunkEnv) take whole chunks; any other VectorEnv is stepped, and raises what a copy raises.
     Finished copies leave the batch. So does a copy whose info["error"] says so, or whose observation, reward or plan is not finite: its
-    episode has an error and is no success. Success is what info says at any step, else a termination that is no truncation.
-    Episode i is the same whatever the number of copies, for a deterministic sampler. ValueError when two seeds start the same episode,
-    NotFinite when not one of the first plans is finite.
+    episode has an error and is no success. Success is what info says at any step, else a termination, be it
+    in the last step that time allows. Episode i is the same whatever the number of copies, for a deterministic sampler. ValueError when
+    two seeds start the same episode, NotFinite when not one of the first plans is finite.
     """
     cpu = time.process_time()
     report = play(controller, envs, episodes, seed, task=task, until=until, on_progress=on_progress)
@@ -173,7 +173,7 @@ def _step_chunk(envs: Any, actions: np.ndarray, alive: np.ndarray, last: int) ->
         obs, reward, terminated, truncated, info = envs.step(actions[:, t].astype(envs.single_action_space.dtype))
         over = terminated | truncated
         ended = ended | over  # an environment that resets itself goes on: what follows is not this episode
-        rows.append((obs, reward, terminated, truncated, _said(info, terminated & ~truncated)))
+        rows.append((obs, reward, terminated, truncated, _said(info, terminated)))
         if ended.all():
             break
         if over.any() and str(envs.metadata.get("autoreset_mode")).endswith("DISABLED"):  # such a one refuses to step copies that have ended

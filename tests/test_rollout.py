@@ -170,17 +170,26 @@ STARTS = np.array([Walk("", "").reset(seed=s)[0]["x"].item() for s in range(64)]
 @pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda m: m.name)
 @pytest.mark.parametrize("key, ends", [("success", "terminated"), ("is_success", "truncated"), ("success", "both"), ("", "terminated"),
                                        ("", "truncated"), ("", "both")])
-def test_success_is_what_info_says_else_termination_before_time_is_up(mode, key, ends):
-    """With both flags at once, time was up: only info makes that a success."""
+def test_success_is_what_info_says_else_termination(mode, key, ends):
+    """One in the last step that time allows is a termination all the same, and the step that raises both flags no truncation."""
     envs = SyncVectorEnv([functools.partial(Walk, key, ends)] * 3, autoreset_mode=mode)
     report = evaluate(Controller(Still(), execute=4), envs, 8, 0)
     found, otherwise = report.episodes, "truncated" if ends == "truncated" else "terminated"
     if key:
         assert [e.ended for e in found] == ["success" if x > 0 else otherwise for x in STARTS[:8]]
     else:
-        assert {e.ended for e in found} == {"success" if ends == "terminated" else otherwise}
+        assert {e.ended for e in found} == {"truncated" if ends == "truncated" else "success"}
     assert all(e.success == (e.ended == "success") and len(e.reward) == len(e.actions) == 3 for e in found)
     assert report.metrics()["measures"] == {"height": {"max": 4.5, "min": 1.5, "last": 4.5}}
+
+
+def test_a_termination_in_the_last_step_is_one_in_worker_processes_too():
+    """gymnasium's TimeLimit raises truncated beside it."""
+    limited = lambda: gymnasium.wrappers.TimeLimit(Walk("", "terminated"), 3)  # noqa: E731
+    for factory in (limited, functools.partial(Walk, "", "both")):
+        envs = Copies(factory, 2, workers=0)
+        assert [e.ended for e in evaluate(Controller(Still(), execute=4), envs, 2, 0).episodes] == ["success"] * 2
+        envs.close()
 
 
 def test_time_that_is_up_is_never_a_termination(reference):
