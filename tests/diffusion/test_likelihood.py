@@ -13,7 +13,7 @@ from policy.types import Cond
 from tests.helpers import make_data, make_planner, make_store
 
 PATHS: dict[str, Path] = {"linear": Linear(), "cosine": Cosine(), "vp": VP(), "ve": VE(), "table": Table.named("squaredcos_cap_v2", 100),
-                          "long_table": Table.named("linear", 1000)}
+                          "fine_table": Table(tuple(1 / (1 + r**2) for r in torch.logspace(-2, 2, 200, dtype=torch.float64).tolist()))}
 CONTINUOUS = ("linear", "cosine", "vp", "ve")
 MEAN, STD, FLOOR = 0.4, 0.3, 0.02
 POINTS = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None, None]  # in standard deviations
@@ -161,7 +161,7 @@ def test_the_bound_of_a_perfect_denoiser_is_its_closed_form(name):
         assert (found.mean(1).mean() > tight.mean()), "a sum over few entries costs something"
 
 
-def test_a_long_table_is_sampled_without_bias():
+def test_a_fine_table_is_sampled_without_bias():
     torch.manual_seed(0)
     path, x0 = PATHS["table"], torch.full((20_000, 1, 1), 0.1, dtype=torch.float64)
     few, all_of_them = (variational_bound(gaussian(path), path, x0, floor=FLOOR, draws=n) for n in (7, 1000))
@@ -169,14 +169,19 @@ def test_a_long_table_is_sampled_without_bias():
     assert few.std() > all_of_them.std()
 
 
-@pytest.mark.parametrize("name", ["linear", "ve", "long_table"])
+@pytest.mark.parametrize("name", ["linear", "ve", "fine_table"])
 def test_a_wrong_denoiser_costs_nats(name):
     torch.manual_seed(0)
     path, x0 = PATHS[name], MEAN + STD * torch.randn(500, 1, 1, dtype=torch.float64)
     right, narrow, off = gaussian(path), gaussian(path, std=0.6 * STD), gaussian(path, mean=MEAN + 0.2)
-    bound = [variational_bound(d, path, x0, floor=FLOOR, draws=32).mean().item() for d in (right, narrow, off)]
+
+    def cost(denoise):
+        torch.manual_seed(1)  # the same noise for all
+        return variational_bound(denoise, path, x0, floor=FLOOR, draws=32).mean().item()
+
+    bound = [cost(d) for d in (right, narrow, off)]
     exact = [-log_likelihood(d, path, x0, floor=FLOOR, steps=32).mean().item() for d in (right, narrow, off)]
-    assert min(bound[1:]) > bound[0] + 0.1 and min(exact[1:]) > exact[0] + 0.1
+    assert min(bound[1:]) > bound[0] + 0.05 and min(exact[1:]) > exact[0] + 0.05
 
 
 class Knows(torch.nn.Module):
@@ -214,14 +219,14 @@ def test_a_planner_s_network_in_inference_mode(tmp_path):
         cond = planner.encode(batch.obs)
         x0 = planner.normalizer.encode({"action": batch.action})["action"]
         torch.manual_seed(0)
-        found = log_density(planner.denoiser, planner.denoiser.path, x0, cond, floor=0.05, steps=8)
-        alone = log_density(planner.denoiser, planner.denoiser.path, x0[1:2], cond.map(lambda x: x[1:2]), floor=0.05, steps=8)
+        found = log_density(planner.denoiser, planner.denoiser.path, x0, cond, floor=0.05, steps=4)
+        alone = log_density(planner.denoiser, planner.denoiser.path, x0[1:2], cond.map(lambda x: x[1:2]), floor=0.05, steps=4)
         bound = variational_bound(planner.denoiser, planner.denoiser.path, x0, cond, floor=0.05, draws=4)
     assert found.shape == (1, 3) and bound.shape == (3,) and not found.requires_grad and found.isfinite().all()
     torch.testing.assert_close(found[:, 1:2], alone, rtol=1e-4, atol=1e-3)
     with torch.no_grad():
-        signs = log_density(planner.denoiser, planner.denoiser.path, x0.clone(), Cond(cond.tokens.clone()), floor=0.05, steps=8, trace=64)
-    assert (abs(signs.mean(0) - found[0]) < 4 * signs.std(0) / math.sqrt(64)).all()
+        signs = log_density(planner.denoiser, planner.denoiser.path, x0.clone(), Cond(cond.tokens.clone()), floor=0.05, steps=4, trace=32)
+    assert (abs(signs.mean(0) - found[0]) < 4 * signs.std(0) / math.sqrt(32)).all()
     assert all(p.grad is None for p in planner.parameters())
 
 
