@@ -39,6 +39,7 @@ class Planner(nn.Module):
         """Draw plans differently from now on; nothing learned changes. ValueError when the sampler cannot follow the planner's path.
 
         temperature: factor on every noise drawn; below 1 plans gather where they are likely (Ajay 2023: .5), 0 starts from zero.
+        Afterwards self.calls is how often a plan calls the network.
         """
         path = self.denoiser.path
         taus = grid(path, steps, spacing)
@@ -46,8 +47,14 @@ class Planner(nn.Module):
             raise ValueError(f"temperature={temperature!r} must be a number from 0")
         noisy = "draw" in inspect.signature(sampler).parameters
         trial = torch.zeros(1, self.spec.horizon, 1)
-        sampler(lambda x, tau, cond: x, path, trial, taus, None, **({"draw": torch.zeros_like} if noisy else {}))  # a misfit shows now, not on the robot
-        self.sampler, self.taus, self.temperature, self.noisy = sampler, taus, temperature, noisy
+        called: list[float] = []
+
+        def count(x: Tensor, tau: Tensor, cond: Cond | None) -> Tensor:
+            called.append(tau[0].item())
+            return x
+
+        sampler(count, path, trial, taus, None, **({"draw": torch.zeros_like} if noisy else {}))  # a misfit shows now, not on the robot
+        self.sampler, self.taus, self.temperature, self.noisy, self.calls = sampler, taus, temperature, noisy, len(called)
 
     def set_guides(self, guides: Sequence[Guide | BestOf]) -> None:
         """Guide plans differently from now on; nothing learned changes. ValueError, or what a guide raises, when they cannot work here."""

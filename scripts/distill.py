@@ -10,7 +10,7 @@ from scripts.cli import words_to_overrides
 from scripts.train import train
 from scripts.verb import verb
 
-OWN = ("run", "out", "checkpoint", "teacher", "resume", "objective", "density", "sampler", "train", "device", "threads", "trust", "log", "rollout")  # not the teacher's
+OWN = ("run", "out", "checkpoint", "teacher", "resume", "objective", "density", "sampler", "train", "device", "threads", "trust", "log", "rollout")
 
 
 @verb("distill")
@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     for key in ("out", "checkpoint"):
         merged.pop(key)
     own = [o for o in common.overrides() if common.key_of(o) not in ("out", "checkpoint", "data", "train")]
-    return train(merged, folder, ["objective=consistency", "density=lognormal", "sampler=consistency", f"sampler.steps={cfg.sampler.steps}", *own])
+    return train(merged, folder, ["objective=consistency", "density=uniform", "sampler=consistency", f"sampler.steps={cfg.sampler.steps}", *own])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     episodes = cfg.episodes if cfg.episodes is not None else 100 if cfg.until is None else 2000
     metrics = common.rollout(planner, cfg, out, episodes=episodes, seed=cfg.seed, copies=cfg.copies, videos=cfg.videos, until=cfg.until,
                              video_seeds=cfg.video_seeds,
-                             extra={"run": str(folder), "checkpoint": cfg.checkpoint, "step": facts["step"], "cpu_s": facts["cpu_s"]})
+                             extra={"run": str(folder), "checkpoint": cfg.checkpoint, "step": facts["step"], "cpu_s": facts["cpu_s"], "calls": planner.calls})
     common.write_start(out, cfg)
     if (folder / "train.jsonl").exists():
         shutil.copyfile(folder / "train.jsonl", out / "train.jsonl")  # the page shows how the policy came about
