@@ -19,13 +19,14 @@ def evaluate_in_lanes(lanes: Sequence[Lane], episodes: int, seed: int, *, task: 
     """`evaluate` of the same episodes, each lane playing its share of the seeds at once. Lanes may share a planner, nothing else.
 
     The report is as evaluate's, but for env_s and plan_s, which are sums over lanes that ran at the same time. Give torch one thread. With
-    a stochastic sampler the draws depend on which lane comes first. ValueError for until, evaluate's, with more than one lane.
+    a stochastic sampler the draws depend on which lane comes first. ValueError as evaluate's, and for until evaluate's, with more than one lane.
     """
     if len(lanes) == 1:
         return evaluate(*lanes[0], episodes, seed, task=task, until=until, on_progress=on_progress)
     if until is not None:
         raise ValueError("until looks when all copies have finished: use it with lanes=1")
     lanes = lanes[:episodes]
+    starts: dict[bytes, int] = {}
     first, done, lock = [int(x) for x in np.linspace(0, episodes, len(lanes) + 1)], [0] * len(lanes), Lock()
 
     def one(i: int) -> Report:
@@ -33,7 +34,7 @@ def evaluate_in_lanes(lanes: Sequence[Lane], episodes: int, seed: int, *, task: 
             with lock:
                 done[i] = finished
                 on_progress(sum(done))
-        return play(*lanes[i], first[i + 1] - first[i], seed + first[i], task=task, on_progress=show)
+        return play(*lanes[i], first[i + 1] - first[i], seed + first[i], task=task, on_progress=show, starts=starts)
 
     cpu = time.process_time()
     with ThreadPoolExecutor(len(lanes)) as pool:

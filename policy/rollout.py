@@ -37,15 +37,15 @@ def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int
 
 
 def play(controller: Controller, envs: "VectorEnv", episodes: int, seed: int, *, task: str = "", until: float | None = None,
-         on_progress: Callable[[int], None] = lambda done: None) -> Report:
-    """`evaluate` without the plans for a single robot that it times at the end."""
+         on_progress: Callable[[int], None] = lambda done: None, starts: dict[bytes, int] | None = None) -> Report:
+    """`evaluate` without the plans for a single robot that it times at the end. starts {first observation: seed}: of those who share an evaluation."""
     if until is not None and not 0 < until < 0.5:
         raise ValueError(f"until={until} must be between 0 and .5: half the width of the interval of success, .03 for ± 3 %")
     start, space = time.perf_counter(), envs.single_action_space
     wide = space.high.astype(float) - space.low.astype(float)  # type: ignore[attr-defined]
     report = Report(task, controller.execute, controller.delay, controller.planner.spec.fps, np.where(np.isfinite(wide), wide, np.nan),
                     None if until is None else Looked(until, envs.num_envs, episodes))
-    starts: dict[bytes, int] = {}
+    starts = {} if starts is None else starts
     while (done := len(report.episodes)) < episodes and not (done and until and enough(report.wins, done, until)):
         wave = list(range(seed + done, seed + min(done + envs.num_envs, episodes)))
         _wave(controller, envs, wave, report, starts, lambda finished, done=done: on_progress(done + finished))  # type: ignore[misc]

@@ -6,7 +6,7 @@ from envs.batch import BatchEnv
 from policy.control import Controller
 from policy.lanes import evaluate_in_lanes
 from policy.rollout import evaluate
-from tests.test_rollout import TASK, Expert
+from tests.test_rollout import TASK, Deaf, Expert
 from tests.test_scripts import SHORT, metrics, refused, run, shell  # noqa: F401  (fixtures)
 
 
@@ -30,6 +30,14 @@ def test_what_a_lane_raises_is_raised():
     both[1][1].reset = lambda **_: (_ for _ in ()).throw(RuntimeError("lane two broke"))
     with pytest.raises(RuntimeError, match="lane two broke"):
         evaluate_in_lanes(both, 6, 50)
+
+
+@pytest.mark.parametrize("n, copies", [(2, 1), (2, 2), (3, 1)])
+def test_seeds_that_start_alike_in_different_lanes_are_refused(n, copies):
+    """Seeds 51, 52 and 53 start alike."""
+    made = [(Controller(Expert(TASK), execute=3), BatchEnv(Deaf(max_steps=5), copies, threads=1)) for _ in range(n)]
+    with pytest.raises(ValueError, match=r"starts seeds 5[123] and 5[123] with the same observation"):
+        evaluate_in_lanes(made, n, 51)
 
 
 def test_eval_in_lanes_and_in_bf16(shell, run):  # noqa: F811
