@@ -1,4 +1,4 @@
-"""Measure beside a baseline in one run, or fill the table of tasks: dipole bench train, samplers, rollout, suite, family, experts."""
+"""Measure beside a baseline in one run, or fill the table of tasks: dipole bench train, samplers, rollout, suite, family, modes, experts."""
 import importlib
 import json
 import os
@@ -16,7 +16,8 @@ from scripts.verb import verb
 
 # Each has measure(cfg) -> rows, show(rows) and headline(rows), and is imported when it is asked for.
 BENCHES = {"train": "scripts.bench_train", "samplers": "scripts.bench_samplers", "rollout": "scripts.bench_rollout", "suite": "scripts.suite",
-           "family": "scripts.bench_family", "experts": "scripts.bench_experts"}
+           "family": "scripts.bench_family", "modes": "scripts.bench_modes",
+           "experts": "scripts.bench_experts"}
 
 
 @verb("bench")
