@@ -83,7 +83,7 @@ def tilt(denoise: Denoise, frame: Frame, *, value: Value, scale: float = 1.0, re
 
     value: (actions (b,t,d) in physical units, obs) -> (b,), differentiable.   scale: per unit of value; on Gaussian actions a value with gradient
     g moves the mean by scale * covariance * g.   reach: largest size of the data in normalised units, 1 with normalize=limits. Data inside it
-    have no covariance above reach^2 and no two means further apart than 2 reach; a larger shift is rounding where alpha is small, and is cut.
+    have no two means further apart than 2 reach, and p_i^2 <= reach^2 g.p; a p that breaks this is error of the network, large where alpha is small: it is cut.
 
     x0_hat moves by p = Cov[x0 | x] g with Cov = sigma^2 / alpha d x0_hat / d x and g the gradient at x0_hat, times the step that is best along p
     for the curvature seen at its end. Exact on Gaussian actions for a value that is linear, or quadratic with one curvature along p;
@@ -97,11 +97,12 @@ def tilt(denoise: Denoise, frame: Frame, *, value: Value, scale: float = 1.0, re
             g = scale * _gradient(value, frame, x0)
             a, s = frame.path.at(tau, x)
             shift, = torch.autograd.grad(x0, x, s**2 / a.clamp_min(1e-4) * g)
-            most = (reach**2 * g.abs().sum((1, 2), keepdim=True)).clamp_max(2 * reach)
-            shift, x0 = shift.clamp(-most, most), x0.detach()
-            rise = (g * shift).sum((1, 2), keepdim=True)
+            most, rise = shift.abs().amax((1, 2), keepdim=True).clamp_min(1e-12), (g * shift).sum((1, 2), keepdim=True)
+            cut = (2 * reach / most).minimum(reach**2 * rise.clamp_min(0) / most**2).clamp_max(1)
+            shift, rise, x0 = cut * shift, cut * rise, x0.detach()
             bend = rise - (scale * _gradient(value, frame, x0 + shift) * shift).sum((1, 2), keepdim=True)
-        step = torch.where(rise > 0, rise / (rise + bend.clamp_min(0)), 0)  # a covariance never leads downhill: where one does, the network is wrong
+        step = (rise / (cut * rise + bend.clamp_min(0))).clamp_max(1)
+        step = torch.where(rise > 0, step, 0)  # a covariance never leads downhill: where one does, the network is wrong
         return x0 + step * shift
     return guided
 
