@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from policy.data.normalize import Normalizer
 from policy.diffusion.denoiser import Denoiser
-from policy.diffusion.guides import HARD, WITHOUT_GRADIENT, BestOf, Frame, NotFinite, base, cfg, pin, scores
+from policy.diffusion.guides import HARD, WITHOUT_GRADIENT, BestOf, Frame, Undefined, base, cfg, pin, scores
 from policy.diffusion.objective import Objective, denoising
 from policy.diffusion.path import grid
 from policy.diffusion.samplers import Draw, Sampler, first_order
@@ -70,7 +70,7 @@ class Planner(nn.Module):
         first = next(self.normalizer.buffers())
         x, obs = x.to(first), self.normalizer.decode({k: v.to(first) for k, v in obs.items()})
         frame = self.frame(obs)
-        with suppress(NotFinite), torch.no_grad():  # random numbers are no place to judge values
+        with suppress(Undefined), torch.no_grad():  # random numbers are no place to judge values
             self._wrap(guides, lambda x, tau, cond: x, frame)(x, x.new_full((2,), self.denoiser.path.tau_max / 2), Cond(x[:, :1]))
             for b in best:
                 scores(b.value, frame.decode(x), obs)

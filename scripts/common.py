@@ -94,7 +94,17 @@ def write_start(folder: Path, cfg: DictConfig, said: Sequence[str] | None = None
 
 
 def planner_config(cfg: DictConfig) -> dict[str, Any]:
-    return {**{k: plain(cfg[k]) for k in PLANNER}, "guides": plain(cfg.guide), **{k: cfg[k] for k in ("padding_loss", "obs_noise", "cond_drop")}}
+    return {**{k: plain(cfg[k]) for k in PLANNER}, "guides": guide_config(cfg), **{k: cfg[k] for k in ("padding_loss", "obs_noise", "cond_drop")}}
+
+
+def guide_config(cfg: DictConfig) -> dict[str, Any]:
+    """conf/guide/*.yaml. ValueError when a clip would cut what the policy learned."""
+    node, mode = plain(cfg.guide) or {}, cfg.normalize if isinstance(cfg.normalize, str) else cfg.normalize.get("action", "limits")
+    for name, guide in node.items():
+        if str(guide.get("_target_", "")).endswith("guides.clip") and mode == "gaussian" and guide.get("limit", 1.0) < 3:
+            raise ValueError(f"guide.{name} cuts actions at {guide.get('limit', 1.0)} standard deviations (normalize=gaussian): use guide.{name}.limit=4, "
+                             "guide=none, or train with normalize=limits")
+    return node
 
 
 def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryDataset:

@@ -14,6 +14,7 @@ from scripts import common, sweep
 from scripts.cli import words_to_overrides
 from scripts.compare import compare
 from scripts.delay import delay
+from scripts.likelihood import likelihood
 from scripts.verb import verb
 
 NOT_IN_NAME = ("do", "run", "runs", "checkpoint", "videos", "video_seeds", "copies", "out", "threads", "lanes", "device", "resume", "delays", "naive")
@@ -28,7 +29,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         raise ValueError(f"precision={cfg.precision} is unknown; use fp32 or bf16")
     if cfg.precision == "bf16":
         planner.denoiser.net = quick(planner.denoiser.net)
-    planner.set_guides(checkpoint.guides(common.plain(cfg.guide), list(cfg.trust)))
+    planner.set_guides(checkpoint.guides(common.guide_config(cfg), list(cfg.trust)))
     torch.manual_seed(cfg.seed)  # a stochastic sampler's draws
     out = sweep.own(Path(cfg.out)) if cfg.out else folder / "eval" / result_name(cfg.checkpoint)
     episodes = cfg.episodes if cfg.episodes is not None else 100 if cfg.until is None else 2000
@@ -50,9 +51,9 @@ def result_name(checkpoint: str) -> str:
 
 @verb("eval")
 def main(cfg: DictConfig) -> dict[str, Any]:
-    if cfg.do not in (None, "compare", "delay"):
-        raise ValueError(f"dipole eval {cfg.do} is unknown; use dipole eval run=FOLDER, dipole eval compare FOLDER FOLDER or dipole eval delay "
-                         "run=FOLDER. Settings are written key=value")
+    if cfg.do not in (None, "compare", "delay", "likelihood"):
+        raise ValueError(f"dipole eval {cfg.do} is unknown; use dipole eval run=FOLDER, dipole eval compare FOLDER FOLDER, dipole eval delay run=FOLDER "
+                         "or dipole eval likelihood run=FOLDER. Settings are written key=value")
     if cfg.do == "compare":
         return compare(cfg, evaluate)
     if not cfg.run:
@@ -61,6 +62,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     cfg = common.of_run(cfg, folder)
     if cfg.do == "delay":
         return delay(cfg, folder, Path(cfg.out) if cfg.out else folder / "eval" / result_name(f"delay-{cfg.checkpoint}"), evaluate)
+    if cfg.do == "likelihood":
+        return likelihood(cfg, folder, sweep.own(Path(cfg.out)) if cfg.out else folder / "eval" / result_name(f"likelihood-{cfg.checkpoint}"))
     return evaluate(cfg, folder)
 
 

@@ -42,7 +42,7 @@ class Frame:
     encode: Callable[[Tensor], Tensor]
 
 
-class NotFinite(ValueError):
+class Undefined(ValueError):
     """A value or its gradient is not finite although the actions are."""
 
 
@@ -115,8 +115,8 @@ def _gradient(value: Value, frame: Frame, x0: Tensor) -> Tensor:
         raise ValueError(f"tilt needs the gradient of {_name(value)}, but what it returns does not depend on the actions by torch operations. "
                          "Without a gradient, use best_of")
     g, = torch.autograd.grad(v.sum(), x0, materialize_grads=True)
-    if not (g.isfinite() | ~x0.isfinite()).all():
-        raise NotFinite(f"the gradient of {_name(value)} is not finite. A root or norm has none at zero: add a small number under the root")
+    if not (g.isfinite().flatten(1).all(1) | ~x0.isfinite().flatten(1).all(1)).all():
+        raise Undefined(f"the gradient of {_name(value)} is not finite. A root or norm has none at zero: add a small number under the root")
     return g
 
 
@@ -127,7 +127,7 @@ def scores(value: Value, actions: Tensor, obs: Obs) -> Tensor:
         raise ValueError(f"{_name(value)} must return one number for each of the {len(actions)} plans, a tensor ({len(actions)},), got "
                          f"{tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}: sum or average over time and dimensions")
     if (v.isnan() & actions.isfinite().flatten(1).all(1)).any():
-        raise NotFinite(f"{_name(value)} is NaN for finite actions: look for 0 / 0, the root of a negative number, or a NaN in the observation")
+        raise Undefined(f"{_name(value)} is NaN for finite actions: look for 0 / 0, the root of a negative number, or a NaN in the observation")
     return v
 
 
