@@ -32,6 +32,7 @@ class Planner(nn.Module):
         super().__init__()
         self.spec, self.normalizer, self.encoder, self.denoiser, self.objective = spec, normalizer, encoder, denoiser, objective
         self.padding_loss, self.obs_noise, self.cond_drop = padding_loss, obs_noise, cond_drop
+        self._try_objective()
         self.set_sampler(sampler, steps, spacing, temperature)
         self.set_guides(guides)
 
@@ -55,6 +56,15 @@ class Planner(nn.Module):
 
         sampler(count, path, trial, taus, None, **({"draw": torch.zeros_like} if noisy else {}))  # a misfit shows now, not on the robot
         self.sampler, self.taus, self.temperature, self.noisy, self.calls = sampler, taus, temperature, noisy, len(called)
+
+    def _try_objective(self) -> None:
+        """ValueError when the objective cannot train this denoiser: now, on a network that knows nothing, not after the data is loaded."""
+        trial = Denoiser(_Nothing(), self.denoiser.path, self.denoiser.target, sigma_data=self.denoiser.sigma_data)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                self.objective(trial, torch.zeros(2, self.spec.horizon, self.spec.action_dim), None, 0.0)
+        except TypeError as e:
+            raise ValueError(f"the objective cannot be used: {e}. `dipole train --help` lists what objective and density take") from e
 
     def set_guides(self, guides: Sequence[Guide | BestOf]) -> None:
         """Guide plans differently from now on; nothing learned changes. ValueError, or what a guide raises, when they cannot work here."""
@@ -173,3 +183,8 @@ class Planner(nn.Module):
         value = scores(best.value, plans, obs)
         value = torch.where(plans.isfinite().flatten(1).all(1), value, -torch.inf)
         return plans.unflatten(0, (b, n))[torch.arange(b, device=plans.device), value.reshape(b, n).argmax(1)]
+
+
+class _Nothing(nn.Module):
+    def forward(self, x: Tensor, tau: Tensor, cond: Cond | None = None) -> Tensor:
+        return torch.zeros_like(x)

@@ -94,10 +94,11 @@ def denoising_loss(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, tau
 
 def consistency(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progress: float = 0.0, *, teacher: Denoise | None = None, density: Density = uniform,
                 levels: int = 10, most: int = 160, huber: float = 0.03) -> Tensor:
-    """Neighbouring times must jump to the same data: pseudo-Huber distance of the denoiser's answers at two of them, over their distance.
+    """Neighbouring times must jump to the same data: pseudo-Huber distance of the denoiser's answers at two of them.
 
     Without a teacher the less noisy neighbour shares the noise (consistency training), with one it is the end of a Heun step of the teacher
-    (consistency distillation). The less noisy answer is a constant of the optimisation. Levels are Karras-spaced between path.ends(); their
+    (consistency distillation). In training the distance is divided by that of the times; in distillation all count alike, for the
+    errors of a jump from noise are their sum. The less noisy answer is a constant of the optimisation. Levels are Karras-spaced between path.ends(); their
     number doubles from `levels` to `most` over training; which are drawn follows `density` (paper: lognormal, mean -1.1, std 2).
     huber: errors below it count squared, above it linearly (normalised units).   Source: Song 2023 (improved techniques), Song 2023.
     """
@@ -117,5 +118,5 @@ def consistency(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progre
         y = path.noise(x0, eps, nxt) if teacher is None else trapezoid(teacher, path, x, teacher(x, tau, cond), tau, nxt, cond)
         goal = denoiser(y, nxt, cond)
     error = denoiser(x, tau, cond) - goal
-    weight = (1 / (far - near)).to(x0.dtype)[:, None, None]
+    weight = (1 / (far - near)).to(x0.dtype)[:, None, None] if teacher is None else 1.0
     return weight * (torch.sqrt(error**2 + huber**2) - huber)
