@@ -62,7 +62,8 @@ class Planner(nn.Module):
         trial = Denoiser(_Nothing(), self.denoiser.path, self.denoiser.target, sigma_data=self.denoiser.sigma_data)
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                self.objective(trial, torch.zeros(2, self.spec.horizon, self.spec.action_dim), None, 0.0)
+                taught = {"teacher": trial} if "teacher" in inspect.signature(self.objective).parameters else {}
+                self.objective(trial, torch.zeros(2, self.spec.horizon, self.spec.action_dim), None, 0.0, **taught)
         except TypeError as e:
             raise ValueError(f"the objective cannot be used: {e}. `dipole train --help` lists what objective and density take") from e
 
