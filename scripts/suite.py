@@ -7,6 +7,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -235,8 +236,13 @@ def terminable() -> Iterator[None]:
 def table(cfg: DictConfig, folder: Path) -> Facts:
     """All rows, from the files that the stages have left."""
     known = common.plain(cfg.rows)
-    rows = [result(row_of(name, known, folder), list(cfg.seeds)) for name in known]
+    rows = [result(row := row_of(name, known, folder), seeds_of(row)) for name in known]
     return {r["name"]: r for r in rows if r["cells"] or r.get("skipped")}
+
+
+def seeds_of(row: Row) -> list[int]:
+    """Every training seed that has left a result here, whichever call asked for it."""
+    return sorted({int(found[1]) for path in row.folder.glob("seed*.json") if (found := re.fullmatch(r"seed(\d+)\.(eval|failed)\.json", path.name))})
 
 
 def result(row: Row, seeds: Sequence[int]) -> Facts:

@@ -97,6 +97,16 @@ def test_more_episodes_evaluate_again_more_seeds_train_more_and_other_settings_a
     assert "train.steps=5" in rows["one"]["cells"][0]["reason"] and "remove the folder" in rows["one"]["cells"][0]["reason"]
 
 
+def test_the_table_keeps_seeds_of_other_calls(tmp_path, verbs):
+    suite.measure(settings(tmp_path, only=["one"], seeds=[0, 1]))
+    rows = suite.measure(settings(tmp_path, only=["two"], seeds=[10]))
+    verbs.fails = {"train.seed=5": "error: no"}
+    again = suite.measure(settings(tmp_path, only=["one"], seeds=[5]))
+    assert [c["seed"] for c in rows["one"]["cells"]] == [0, 1] and [c["seed"] for c in rows["two"]["cells"]] == [10]
+    assert [(c["seed"], c["status"]) for c in again["one"]["cells"]] == [(0, "done"), (1, "done"), (5, "failed")]
+    assert "90%, 95%, failed" in (tmp_path / "suite" / "suite.md").read_text()
+
+
 def test_a_stopped_training_goes_on_and_half_a_store_is_made_anew(tmp_path, verbs):
     verbs.stop_training_at = 4
     Store.create(tmp_path / "suite/one/demos.zarr", {"action": ((2,), "float32")}, fps=10)  # what a killed collect leaves
