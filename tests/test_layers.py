@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "policy.nets": ("policy.types",),
     "policy.diffusion": ("policy.types",),
     "policy.planner": ("policy.data", "policy.nets", "policy.diffusion"),
+    "policy.ood": ("policy.planner",),
     "policy.control": ("policy.planner",),
     "policy.stats": (),
     "policy.episodes": ("policy.stats",),
@@ -31,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "policy.compare": ("policy.report", "policy.stats"),
     "policy": (),
     "envs": (),
-    "scripts": ("policy.compare", "policy.lanes", "policy.rl", "policy.serve", "envs"),
+    "scripts": ("policy.compare", "policy.lanes", "policy.ood", "policy.rl", "policy.serve", "envs"),
 }
 SIMULATORS = ("gymnasium", "mujoco", "mujoco_warp")
 CONFIG = ("hydra", "omegaconf")

@@ -77,6 +77,11 @@ class TrajectoryDataset(Dataset):
     def __len__(self) -> int:
         return len(self._first)
 
+    def whole(self) -> list[Tensor]:
+        """For each episode the windows whose actions all lie within it: index (m,), empty for an episode shorter than the horizon."""
+        starts = self._first.unique().tolist()
+        return [torch.arange(i, max(i, int(self._last[i]) + 2 - self.horizon)) for i in starts]
+
     def batch(self, index: Tensor) -> Batch:
         """index (b,) int64 in [0, len) -> Batch(obs {name: (b, t_obs, *shape)}, action (b, horizon, d), valid (b, horizon)) on `device`."""
         index = index.to(self._first.device)
