@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from policy.planner import Planner
 from policy.stats import bootstrap
 from policy.train import checkpoint
 from policy.train.log import bar
@@ -79,9 +80,7 @@ def latency(found: Facts, folder: Path, cfg: DictConfig) -> None:
     for name, row in found.items():
         done = [c for c in row["cells"] if c["status"] == "done"]
         if done:
-            evaluated = OmegaConf.load(folder / name / f"seed{done[0]['seed']}" / "eval" / "suite" / "config.yaml")
-            planners[name], _ = checkpoint.load(Path(str(evaluated.run)))  # type: ignore[union-attr]
-            planners[name].set_sampler(**checkpoint.sampling(common.plain(evaluated.sampler)))  # type: ignore[union-attr]
+            planners[name] = evaluated(folder / name / f"seed{done[0]['seed']}" / "eval" / "suite")
     times: dict[str, list[float]] = {name: [] for name in planners}
     with bar() as progress, torch.inference_mode():
         task = progress.add_task("latency", total=cfg.rounds, note="one plan of every row in turn")
@@ -93,3 +92,11 @@ def latency(found: Facts, folder: Path, cfg: DictConfig) -> None:
                 times[name].append(1e3 * (time.perf_counter() - tick))
             progress.advance(task)
     suite.note(folder / "latency.json", {name: statistics.median(t) for name, t in times.items()})
+
+
+def evaluated(folder: Path) -> Planner:
+    """The planner of an evaluation, with the sampler it was evaluated with."""
+    about, cfg = suite.read(folder / "metrics.json") or {}, OmegaConf.load(folder / "config.yaml")
+    planner, _ = checkpoint.load(about["run"], about["checkpoint"])
+    planner.set_sampler(**checkpoint.sampling(common.plain(cfg.sampler)))  # type: ignore[union-attr]
+    return planner

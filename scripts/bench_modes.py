@@ -16,10 +16,10 @@ from envs.gantry import PILLAR, Gantry, GantryExpert
 from envs.task import TaskEnv
 from policy.planner import Planner
 from policy.stats import wilson
-from policy.train import checkpoint
 from policy.train.log import console
 from policy.types import Cond
 from scripts import common, suite
+from scripts.bench_family import evaluated
 
 Facts = dict[str, Any]
 
@@ -53,14 +53,6 @@ def measure(cfg: DictConfig) -> Facts:
     suite.note(folder / "modes.json", found)
     picture(folder / "denoising.png", drawn, scenes[0])
     return found
-
-
-def evaluated(folder: Path) -> Planner:
-    """The planner of an evaluation, with the sampler it was evaluated with."""
-    cfg = OmegaConf.load(folder / "config.yaml")
-    planner, _ = checkpoint.load(Path(str(cfg.run)))  # type: ignore[union-attr]
-    planner.set_sampler(**checkpoint.sampling(common.plain(cfg.sampler)))  # type: ignore[union-attr]
-    return planner
 
 
 def decision(seed: int, t_obs: int = 2) -> dict[str, torch.Tensor]:
