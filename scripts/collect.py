@@ -1,4 +1,5 @@
 """Write demonstrations of a task's scripted expert to zarr: dipole collect env=gantry path=demos/gantry.zarr."""
+import math
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -6,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from policy.data.store import Store
 from policy.train.log import bar, console
-from scripts.common import plain
+from scripts.common import plain, whole
 from scripts.verb import verb
 
 
@@ -39,6 +40,7 @@ def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, work
         else:
             found = islice(facts.recorded(recording), episodes)
     schema: dict[str, Any] = {**{k: (v.shape, v.dtype) for k, v in facts.observation_space.spaces.items()}, "action": (facts.action_space.shape, "float32")}
+    check_noise(noise, facts.action_space.shape[0])
     store = Store.create(path, schema, fps=fps, units=facts.units, action_semantics=facts.action_semantics,
                          attrs={"task": facts.name, **({"expert": "scripted", "first_seed": seed} if recording is None else {"expert": "recorded"})})
     with bar() as progress:
@@ -49,11 +51,20 @@ def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, work
     return store
 
 
+def check_noise(noise: Any, dims: int) -> None:
+    """ValueError when it is no standard deviation, nor one for each of the action's dimensions."""
+    each = noise if isinstance(noise, list) else [] if noise is None else [noise]
+    if not all(isinstance(v, int | float) and 0 <= v < math.inf for v in each) or (isinstance(noise, list) and len(noise) != dims):
+        raise ValueError(f"noise={noise!r} must be a standard deviation in the action's unit, like noise=0.01, or {dims} numbers, one for each dimension")
+
+
 @verb("collect")
 def main(cfg: DictConfig) -> None:
     if "_target_" not in cfg.env:
         raise ValueError("env=none has no expert; name a task that has one: env=gantry, env=maze, env=metaworld")
-    noise = plain(cfg.noise) if isinstance(cfg.noise, list) else cfg.noise
+    whole(1, episodes=cfg.episodes)
+    whole(0, seed=cfg.seed, **({} if cfg.workers is None else {"workers": cfg.workers}))
+    noise = plain(cfg.noise) if OmegaConf.is_config(cfg.noise) else cfg.noise
     task, path, tick = instantiate(cfg.env), Path(cfg.path), time.perf_counter()
     store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=noise, workers=cfg.workers, recording=cfg.recording)
     console.print(f"[bold]{store.episodes} demonstrations, {store.steps} steps in {time.perf_counter() - tick:.1f} s[/]: {path}", highlight=False)

@@ -3,7 +3,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,15 @@ def plain(node: Any) -> Any:
 
 
 def overrides() -> list[str]:
-    return list(HydraConfig.get().overrides.task)
+    """What was typed; scripts.verb lets hydra take a setting that only the run's own configuration has, by ++."""
+    return [o.removeprefix("++") for o in HydraConfig.get().overrides.task]
+
+
+def whole(least: int, **settings: Any) -> None:
+    """ValueError when one of the settings {name: value} is no whole number from `least`."""
+    for name, value in settings.items():
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number from {least}")
 
 
 def new_run(cfg: DictConfig) -> Path:
@@ -61,9 +69,7 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
     saved = OmegaConf.load(path)
     now = overrides()
     name = HydraConfig.get().job.config_name
-    before = {o.split("=")[0]: o for o in _trained_with(folder)}
-    again = {o.split("=")[0] for o in now}
-    both = compose(name, [*(o for key, o in before.items() if key not in again), *now])  # so that sampler.steps=4 keeps the sampler the run was trained with
+    both = compose(name, [*remembered(_trained_with(folder), now, groups()), *now])  # so that sampler.steps=4 keeps the sampler the run was trained with
     touched = {key_of(o) for o in now} - {"run", "resume"}
     if name == "eval" and (learned := sorted(touched & {*PLANNER, *LEARNED} - {"sampler"})):
         raise ValueError(f"{', '.join(learned)} cannot change after training; train a new run with it. What can: env, sampler, guide, control")
@@ -73,6 +79,18 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
     for key in touched | (set(cfg) - set(saved)) | {"trust"}:  # never trusted on a file's word
         result[key] = both[key]
     return result
+
+
+def remembered(before: Sequence[str], now: Sequence[str], groups: Collection[str]) -> list[str]:
+    """The overrides `before` that those of `now` leave standing: not what is said anew, and nothing below one of the groups that is chosen anew."""
+    said = {o.split("=")[0] for o in now}
+    said |= {key[1:] for key in said if key.startswith("+")}
+    chosen = tuple(f"{key}." for key in said & set(groups))
+    return [o for o in before if (key := o.split("=")[0]) not in said and not key.lstrip("+~").startswith(chosen)]
+
+
+def groups() -> set[str]:
+    return set(HydraConfig.get().runtime.choices)
 
 
 def _trained_with(folder: Path) -> list[str]:
@@ -88,8 +106,9 @@ def key_of(override: str) -> str:
 def write_start(folder: Path, cfg: DictConfig, said: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    last = {o.split("=")[0]: o for o in [*_trained_with(folder), *(overrides() if said is None else said)]}  # the last word on a key counts
-    (folder / "overrides.json").write_text(json.dumps([o for key, o in last.items() if key not in ("run", "resume")]))
+    now = overrides() if said is None else list(said)
+    kept = [*remembered(_trained_with(folder), now, groups()), *now]
+    (folder / "overrides.json").write_text(json.dumps([o for o in kept if o.split("=")[0] not in ("run", "resume")]))
     (folder / "versions.json").write_text(json.dumps(checkpoint.versions(), indent=1))
 
 
@@ -183,9 +202,8 @@ def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, s
             until: float | None = None, video_seeds: Sequence[int] | None = None, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """Evaluate, write metrics.json, actions.npz and videos into folder, return the metrics. until: see policy.rollout.evaluate."""
     lanes = cfg.get("lanes", 1)
-    for key, value in {"episodes": episodes, "copies": copies, "lanes": lanes}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key}={value!r} must be a whole number from 1")
+    whole(1, episodes=episodes, copies=copies, lanes=lanes)
+    whole(0, seed=seed, videos=videos)
     if lost := sorted(set(video_seeds or ()) - set(range(seed, seed + episodes))):
         raise ValueError(f"video_seeds={lost} are not among the seeds to be evaluated, {seed} to {seed + episodes - 1}")
     share = -(-min(copies, episodes) // lanes)

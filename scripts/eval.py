@@ -49,11 +49,12 @@ def result_name(checkpoint: str) -> str:
     return re.sub(r"[^\w.=+-]+", "_", "-".join([checkpoint, *sorted(said)]))
 
 
-@verb("eval")
+@verb("eval", of_run=("sampler", "env", "guide"))
 def main(cfg: DictConfig) -> dict[str, Any]:
     if cfg.do not in (None, "compare", "delay", "likelihood"):
         raise ValueError(f"dipole eval {cfg.do} is unknown; use dipole eval run=FOLDER, dipole eval compare FOLDER FOLDER, dipole eval delay run=FOLDER "
                          "or dipole eval likelihood run=FOLDER. Settings are written key=value")
+    common.whole(0, seed=cfg.seed, videos=cfg.videos)
     if cfg.do == "compare":
         return compare(cfg, evaluate)
     if not cfg.run:

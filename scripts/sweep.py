@@ -82,8 +82,8 @@ def recorded(work: Callable[[], Row | None], told: Callable[[Exception], str], *
     place = here()
     assert place is not None
     sweep, number = place
-    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
-    common = OmegaConf.load(sweep / "multirun.yaml").hydra.overrides.task  # as typed, before the values were dealt out
+    overrides = [o.removeprefix("++") for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
+    common = [o.removeprefix("++") for o in OmegaConf.load(sweep / "multirun.yaml").hydra.overrides.task]  # as typed, before the values were dealt out
     label = f"job {number}: {' '.join(o for o in overrides if o not in common)}"
     path, tick = sweep / "jobs" / f"{number}.json", time.perf_counter()
     record: Row = {"job": number, "overrides": overrides, "status": "running", "started": time.time(), "host": platform.node()}

@@ -92,6 +92,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         cfg.resume = True
     else:
         folder, cfg.resume = common.new_run(cfg), False
+    common.whole(0, **{"train.seed": cfg.train.seed})
     try:
         return train(cfg, folder)
     except NotFinite as e:

@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
@@ -25,8 +25,10 @@ EXTRAS = {"joblib": "sweep", "submitit": "slurm", "ray": "ray"}  # of pyproject.
 MISTAKES = (ValueError, KeyError, OSError, NotImplementedError, HydraException, OmegaConfBaseException)
 
 
-def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def verb(name: str, of_run: Sequence[str] = ()) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """`@verb("train")` makes main(cfg) a command configured by conf/train.yaml. A mistake: `error: …` on stderr, exit code 1.
+
+    of_run: nodes whose settings are known only with the run's own configuration, which main (common.of_run) holds them to; hydra lets them pass.
 
     With -m it is a sweep (scripts/sweep.py): what main returns, a dict or None, is the job's row in the table.
     """
@@ -50,6 +52,7 @@ def verb(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None
         def start() -> None:
             full = os.environ.get(FULL) == "1"
             os.environ[FULL] = "1"  # hydra raises; otherwise it prints, and its advice on a misspelt key is to add it
+            sys.argv[1:] = [f"++{arg}" if arg.startswith(tuple(f"{node}." for node in of_run)) else arg for arg in sys.argv[1:]]
             with sweep.table(folder := sweep.asked(name, sys.argv[1:])):
                 try:
                     compose(job if folder else main if full else quiet)()

@@ -155,6 +155,39 @@ def test_an_override_of_one_setting_keeps_the_rest_as_trained(shell, run):
     assert metrics(shell, "other")["sampler"]["fn"]["_target_"].endswith("first_order")
 
 
+def test_another_sampler_or_env_takes_nothing_from_the_trained_one(shell, run):
+    """sampler=heun forgets the scheduler that was chosen for training; sampler.fn.name=… alone needs it."""
+    unipc = ["sampler=diffusers", "sampler.fn.name=UniPCMultistep", "sampler.steps=4", "+env.max_steps=16"]
+    assert shell("train", "data.path=demos.zarr", "run=unipc", "train.steps=1", *unipc, *TINY).code == 0
+
+    def sampled(*said: str) -> tuple[str, int, int]:
+        done = shell("eval", "run=unipc", "out=unipc-eval", "episodes=2", "videos=0", *said)
+        assert done.code == 0, done.err
+        found = metrics(shell, "unipc-eval")
+        return found["sampler"]["fn"].get("name", found["sampler"]["fn"]["_target_"].rsplit(".", 1)[-1]), found["sampler"]["steps"], found["steps"]
+
+    assert sampled("sampler=heun") == ("heun", 10, 2 * 16)
+    assert sampled("sampler=heun", "sampler.steps=3") == ("heun", 3, 2 * 16)
+    assert sampled("sampler.fn.name=DEISMultistep") == ("DEISMultistep", 4, 2 * 16)
+    assert "episodes=2 videos=0 sampler.fn.name=DEISMultistep" in metrics(shell, "unipc-eval")["command"]
+    assert sampled("env=gantry") == ("UniPCMultistep", 4, 2 * 100)
+    refused(shell("eval", "run=unipc", "sampler.stpes=3"), "no setting 'sampler.stpes'", "sampler.steps")
+    refused(shell("eval", "run=unipc", "env.max_stps=3"), "no setting 'env.max_stps'", "+env.max_stps=…")
+    assert shell("train", "run=unipc", "resume=true", "sampler=heun").code == 0
+    assert sampled("control.execute=4")[0] == "heun"
+
+
+def test_what_a_run_was_trained_with_stays_but_for_what_is_said_now():
+    from scripts.common import remembered
+    before = ["env=maze", "env.size=medium", "+env.max_steps=9", "sampler=heun", "sampler.steps=5", "net.widths=[8,16]", "envelope=1"]
+    groups = {"env", "sampler", "net"}
+    assert remembered(before, ["sampler.steps=4"], groups) == [b for b in before if b != "sampler.steps=5"]
+    assert remembered(before, ["env=gantry"], groups) == [b for b in before if not b.startswith(("env=", "env.", "+env."))]
+    assert remembered(before, ["env.max_steps=3"], groups) == before  # which it added before
+    assert remembered(before, ["+env.max_steps=3"], groups) == [b for b in before if b != "+env.max_steps=9"]
+    assert remembered(before, ["~env.size"], groups) == before
+
+
 def test_resume_goes_on_to_more_steps(shell, run):
     assert shell("train", "data.path=demos.zarr", "run=more", "train.steps=2", *TINY).code == 0
     done = shell("train", "run=more", "resume=true", "train.steps=5")
@@ -204,6 +237,19 @@ def test_help_shows_three_commands(shell, verb):
     (["train", "run=new", "data.path=demos.zarr", "net.widths=[12]"], ["widths [12] must be multiples of groups=8"]),
     (["collect", "env=pusht", "path=new.zarr"], ["pusht has no scripted expert"]),
     (["collect", "path=demos.zarr"], ["demos.zarr already holds data"]),
+    (["collect", "episodes=-1", "path=new.zarr"], ["episodes=-1 must be a whole number from 1"]),
+    (["collect", "episodes=many", "path=new.zarr"], ["episodes='many' must be a whole number from 1"]),
+    (["collect", "seed=-1", "path=new.zarr"], ["seed=-1 must be a whole number from 0"]),
+    (["collect", "seed=abc", "path=new.zarr"], ["seed='abc' must be a whole number from 0"]),
+    (["collect", "noise=abc", "path=new.zarr"], ["noise='abc'", "noise=0.01"]),
+    (["collect", "noise=[.1,.2]", "path=new.zarr"], ["noise=[0.1, 0.2]", "4 numbers"]),
+    (["collect", "noise=-1", "path=new.zarr"], ["noise=-1"]),
+    (["collect", "workers=-1", "path=new.zarr"], ["workers=-1 must be a whole number from 0"]),
+    (["eval", "run=run", "videos=-1"], ["videos=-1 must be a whole number from 0"]),
+    (["eval", "run=run", "seed=-5"], ["seed=-5 must be a whole number from 0"]),
+    (["eval", "run=run", "seed=abc"], ["seed='abc' must be a whole number from 0"]),
+    (["train", "run=new", "data.path=demos.zarr", "train.seed=abc"], ["train.seed='abc' must be a whole number from 0"]),
+    (["eval", "delay", "run=run", "videos=-1"], ["videos=-1"]),
     (["data", "info"], ["path has no value"]),
     (["data", "info", "path=absent.zarr"], ["absent.zarr does not exist"]),
     (["data", "inf", "path=demos.zarr"], ["use: dipole data info"]),
