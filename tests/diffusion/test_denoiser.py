@@ -1,12 +1,10 @@
-"""Denoiser, objective and guides: identities, each with its closed form."""
+"""Denoiser and objective: identities, each with its closed form."""
 import pytest
 import torch
 
 from policy.diffusion.denoiser import TARGETS, Denoiser
-from policy.diffusion.guides import clip, pin
 from policy.diffusion.objective import denoising_loss, stratified
-from policy.diffusion.path import VE, VP, Cosine, Linear, Table, grid
-from policy.diffusion.samplers import dpmpp_2m, first_order, heun
+from policy.diffusion.path import VE, VP, Cosine, Linear, Table
 
 PATHS = [Linear(), Cosine(), VP(), VE(), Table.named()]
 
@@ -74,22 +72,3 @@ def test_stratified_draws_cover_every_stratum():
 def test_an_unknown_target_lists_the_known():
     with pytest.raises(ValueError, match="eps, x0, v, flow, score, edm"):
         Denoiser(Net(), Cosine(), "noise")
-
-
-@pytest.mark.parametrize("sampler", [first_order, heun, dpmpp_2m])
-def test_pin_keeps_what_is_known_and_clip_what_is_allowed(sampler):
-    torch.manual_seed(0)
-    path, known = Cosine(), torch.full((5, 4, 2), 0.7)
-    mask = torch.zeros(5, 4, 2, dtype=torch.bool)
-    mask[:, 0] = True
-    x = sampler(pin(clip(lambda x, tau, cond: 3 * torch.ones_like(x)), known=known, mask=mask), path, torch.randn(5, 4, 2), grid(path, 10))
-    torch.testing.assert_close(x[:, 0], known[:, 0])
-    torch.testing.assert_close(x[:, 1:], torch.ones(5, 3, 2), rtol=0, atol=1e-5)
-
-
-def test_guides_nest_in_either_order():
-    inner = lambda x, tau, cond: 5 * torch.ones_like(x)  # noqa: E731
-    known, mask = torch.full((1, 2, 1), 2.0), torch.tensor([[[True], [False]]])
-    tau, x = torch.ones(1), torch.zeros(1, 2, 1)
-    assert pin(clip(inner), known=known, mask=mask)(x, tau, None).flatten().tolist() == [2.0, 1.0]
-    assert clip(pin(inner, known=known, mask=mask))(x, tau, None).flatten().tolist() == [1.0, 1.0]
