@@ -80,6 +80,10 @@ class MetaWorld(Adapter):
         flat, reward, _, _, info = self._world.step(action)
         return observe(flat), float(reward), bool(info["success"]), {}
 
+    def render(self) -> np.ndarray | None:
+        frame = super().render()
+        return None if frame is None else np.ascontiguousarray(frame[::-1, ::-1])  # corner2 hangs upside down in Meta-World's MJCF
+
     def _scene(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
         return self._world.model, self._world.data
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from envs import render  # before mujoco: it chooses the OpenGL back end
 from envs.metaworld import FRAME, MetaWorld
 from tests.envs import contract
 
@@ -152,3 +153,20 @@ def test_without_metaworld_the_error_says_what_to_install(monkeypatch):
 def test_importing_the_module_needs_no_metaworld():
     code = "import sys, envs.metaworld; sys.exit('metaworld' in sys.modules or 'gymnasium_robotics' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ).returncode == 0
+
+
+@pytest.mark.gl
+def test_pictures_stand_upright(worlds, gl):
+    """Beside MuJoCo's free camera, whose up is up, from the same place."""
+    env = MetaWorld(task="drawer-open-v3", render_mode="rgb_array", size=64)
+    env.reset(seed=3)
+    model, data = env._scene()
+    place, forward = data.camera(env.camera).xpos, -data.camera(env.camera).xmat.reshape(3, 3)[:, 2]
+    import mujoco
+    free = mujoco.MjvCamera()
+    free.lookat, free.distance = place + forward, 1.0
+    free.azimuth, free.elevation = np.degrees([np.arctan2(forward[1], forward[0]), np.arcsin(forward[2])])
+    upright = render.frames(model, data.qpos[None], data.mocap_pos[None], camera=free, size=64)[0]
+    seen, rolled = env.render(), env.render()[::-1, ::-1]
+    assert np.corrcoef(upright.ravel(), seen.ravel())[0, 1] > np.corrcoef(upright.ravel(), rolled.ravel())[0, 1] + 0.2
+    env.close()
