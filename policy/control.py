@@ -23,7 +23,9 @@ class Controller:
 
     delay: simulated latency in control steps. A plan from the observation of step s acts from step s + delay on; until then the plan
     before it goes on. The first plan is made before the clock starts.   align: a late plan is entered at the action meant for that
-    step. False starts it at its first action, `delay` steps too late, as a naive robot does.
+    step. False starts it at its first action, `delay` steps too late, as a naive robot does. Which is better is the task's: aligned, only
+    later actions of plans are executed, the less certain ones; late, nothing is skipped. Where the world waits, late can win (gantry, 200
+    seeds, delay 8: 83 % against 69 %, in 34 steps instead of 20); where plans are certain, alignment loses nothing.
     """
 
     def __init__(self, planner: Planner, *, execute: int = 8, delay: int = 0, align: bool = True):

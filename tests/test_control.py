@@ -190,6 +190,21 @@ def test_acting_is_observing_and_planning(planner, late):
         planned.observe({"x": np.stack([real(2, 5 * k + t)["x"] for t in range(1, 5)], 1)})
 
 
+@pytest.mark.parametrize("execute, delay, align", [(4, 4, True), (4, 4, False), (5, 2, True), (2, 3, False), (8, 0, True)])
+def test_late_plans_follow_a_timeline_made_by_hand(planner, execute, delay, align):
+    """A network's plans: the one made of steps s - 1 and s of the episode, with the seed's next noise, acts from s + delay on."""
+    late, steps = Controller(planner, execute=execute, delay=delay, align=align), 24
+    late.reset([7])
+    acted = [late.act(real(1, s))[0] for s in range(steps)]
+    noise, plans = torch.Generator().manual_seed(7), {}
+    for s in range(0, steps, execute):
+        seen = torch.from_numpy(np.concatenate([real(1, max(0, s - 1))["x"], real(1, s)["x"]])).float()[None]
+        plans[s] = planner.plan({"x": seen}, noise=torch.randn(8, 2, generator=noise)[None])[0].detach().numpy()
+    for now, action in enumerate(acted):
+        made = max(s for s in plans if s == 0 or s + delay <= now)
+        np.testing.assert_allclose(action, plans[made][now - made - (0 if align or made == 0 else delay)], atol=1e-6)
+
+
 def test_the_global_generator_is_left_alone(planner):
     controller = Controller(planner)
     controller.reset([1])
