@@ -52,6 +52,7 @@ def likelihood(cfg: DictConfig, folder: Path, out: Path) -> dict[str, Any]:
     found = {"task": planner.spec.task, "run": str(folder), "checkpoint": cfg.checkpoint, "step": facts["step"], "command": common.command(), "floor": floor,
              "dims": planner.spec.horizon * planner.spec.action_dim, "steps": wanted.steps, "trace": wanted.trace, "draws": wanted.draws,
              "path": type(planner.denoiser.path).__name__, "splits": splits,
+             **{kind: splits["held out"][kind]["mean"] for kind in ("exact", "bound")},
              "physical": {"unit": planner.spec.units.get("action", ""), "add_nats_per_dim": scale.double().log().mean().item()}, "ood": scored}
     common.save_json(out / "likelihood.json", found)
     page = write_page(out, found)
@@ -125,8 +126,6 @@ def line(found: dict[str, Any]) -> str:
     said = []
     for name, split in found["splits"].items():
         exact = split["exact"]
-        ends = "" if exact["ci"] is None else " [{:.3f}, {:.3f}]".format(*exact["ci"])
-        said.append(f"{name} {exact['mean']:.3f}{ends} nats/dim (bound {split['bound']['mean']:.3f})")
-    mean = found["ood"]["mean"]
-    return (f"{found['task'] or 'policy'}: -log p of actions, {', '.join(said)}; strange observations told apart by "
-            + ", ".join(f"{kind} {mean[kind]:.2f}" for kind in ood.KINDS) + " (mean AUROC)")
+        said.append(f"{exact['mean']:.3f}" + ("" if exact["ci"] is None else " [{:.3f}, {:.3f}]".format(*exact["ci"])) + f" {name}")
+    aurocs = ", ".join(f"{kind} {found['ood']['mean'][kind]:.2f}" for kind in ood.KINDS)
+    return f"{found['task'] or 'policy'}: -log p in nats/dim {', '.join(said)}; AUROC of strange observations {aurocs}"
