@@ -102,7 +102,7 @@ class Process:
             what = f"its process died of {signal.Signals(-code).name}" + " (the system's way with too much memory)" * (code == -signal.SIGKILL)
         else:
             what = f"its process exited with {code}"
-        return End(int(self._marks[0]), int(self._marks[1]), hung, f"{what}. {trace or 'It left no traceback.'}")
+        return End(int(self._marks[0]), int(self._marks[1]), hung, f"{what}.\n{trace or 'It left no traceback.'}")
 
     def kill(self) -> None:
         self._process.kill()

@@ -39,6 +39,12 @@ class Episode:
         return {**found, "error": self.error} if self.error else found
 
 
+def reason(error: str) -> str:
+    """An episode's error in one line: what a traceback ends with; else its first, behind which a lost process's stack may stand."""
+    lines = error.strip().splitlines() or [""]
+    return lines[-1] if "Traceback (most recent call last)" in error else lines[0]
+
+
 @dataclass(frozen=True)
 class Looked:
     """An evaluation that stopped once its interval of success was ± half_width, looking after every `every` episodes, at most `most`."""
@@ -73,7 +79,7 @@ class Report:
 
     def metrics(self) -> dict[str, Any]:
         """The contents of metrics.json. A fault counts against success; the other numbers are of the episodes without one."""
-        n, sound = len(self.episodes), [e for e in self.episodes if not e.error]
+        n, sound, z = len(self.episodes), [e for e in self.episodes if not e.error], Z_LOOKED if self.looked else Z
         steps = sum(len(e.reward) for e in self.episodes)
         score, total = [float(e.score or 0) for e in sound], [e.reward.sum() for e in sound]
         length, won = [len(e.reward) for e in sound], [len(e.reward) for e in sound if e.success]
@@ -82,8 +88,8 @@ class Report:
         env, plan = self.env_s / spent, sum(self.plan_s) / spent
         return {
             "task": self.task, "fps": self.fps, "episodes": n, "seeds": [e.seed for e in self.episodes],
-            "success": self.wins / n, "success_ci": list(wilson(self.wins, n, Z_LOOKED if self.looked else Z)),
-            "score": mean(score), "score_ci": list(mean_interval(score)) if sound else None,
+            "success": self.wins / n, "success_ci": list(wilson(self.wins, n, z)),
+            "score": mean(score), "score_ci": list(mean_interval(score, z)) if sound else None,
             "return": mean(total), "length": {"mean": mean(length), "success": mean(won)},
             "ended": {end: ends[end] for end in ENDS}, "measures": measures(sound),
             "smoothness": smoothness([e.actions for e in sound], self.execute, self.delay, self.action_range, self.fps),

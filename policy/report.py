@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from policy.episodes import reason
 from policy.page import command, counted, duration, interval, percent, read_json, seed_range, videos, with_cost, write
 from policy.svg import Series, curve, finite, number, plot, tiles
 from policy.train.log import read_rows
@@ -68,7 +69,7 @@ def faults(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     told = "".join(f"<details><summary>seed {escape(str(row.get('seed')))} after {escape(str(row.get('step')))} steps: "
-                   f"{escape((str(row.get('error', '')).strip().splitlines() or [''])[-1][:160])}</summary>"
+                   f"{escape(reason(str(row.get('error', '')))[:160])}</summary>"
                    f"<pre>{escape(str(row.get('error', '')).strip())}\n\n{escape(str(row.get('replay', '')))}</pre></details>" for row in rows[:20])
     more = f"<small>and {len(rows) - 20} more</small>" if len(rows) > 20 else ""
     return (f'<div class="note"><strong>{counted(len(rows), "episode")} broke off and count as {"failures" if len(rows) > 1 else "a failure"}.</strong> '

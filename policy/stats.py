@@ -22,7 +22,7 @@ def wilson(successes: int, n: int, z: float = Z) -> Interval:
     return 0.0 if successes == 0 else max(0.0, centre - half), 1.0 if successes == n else min(1.0, centre + half)  # exact, where rounding is not
 
 
-def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0, draws: int = 10_000) -> Interval:
+def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0, draws: int = 10_000, z: float = Z) -> Interval:
     """95 % interval of the mean of values (n,), bias-corrected and accelerated (Efron 1987), because scores are skewed."""
     x = np.asarray(values, float)
     if x.ndim != 1 or not len(x):
@@ -36,15 +36,15 @@ def bootstrap(values: Sequence[float] | np.ndarray, seed: int = 0, draws: int = 
     below = np.mean(means < x.mean()) + np.mean(means == x.mean()) / 2
     bias = NORMAL.inv_cdf(float(np.clip(below, 0.5 / draws, 1 - 0.5 / draws)))
     skew = (away**3).sum() / (6 * (away**2).sum() ** 1.5)
-    at = [NORMAL.cdf(bias + (bias + z) / (1 - skew * (bias + z))) for z in (-Z, Z)]
+    at = [NORMAL.cdf(bias + (bias + end) / (1 - skew * (bias + end))) for end in (-z, z)]
     lo, hi = np.quantile(means, at)
     return float(lo), float(hi)
 
 
-def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
+def mean_interval(values: Sequence[float] | np.ndarray, z: float = Z) -> Interval:
     """95 % interval of the mean of values (n,): Wilson's where they are 0 and 1 (resampling 100 ones would claim certainty), else the bootstrap."""
     x = np.asarray(values, float)
-    return wilson(int(x.sum()), len(x)) if len(x) and np.isin(x, (0, 1)).all() else bootstrap(x)
+    return wilson(int(x.sum()), len(x), z) if len(x) and np.isin(x, (0, 1)).all() else bootstrap(x, z=z)
 
 
 def enough(successes: int, n: int, half_width: float) -> bool:

@@ -14,7 +14,7 @@ from envs.copies import Copies
 from envs.gantry import Gantry
 from envs.task import TaskEnv
 from policy.control import Controller, NotFinite
-from policy.episodes import Episode, smoothness
+from policy.episodes import Episode, reason, smoothness
 from policy.rollout import evaluate
 from policy.stats import Z_LOOKED, enough, wilson
 from policy.types import Spec
@@ -112,6 +112,18 @@ def test_metrics_say_what_the_design_promises():
     assert metrics["steps"] == sum(len(e.reward) for e in report.episodes) == sum(e["steps"] for e in metrics["per_episode"])
     assert 0 < metrics["plan_ms"]["p50"] <= metrics["plan_ms"]["p99"] and 0 < metrics["env_s"] < metrics["wall_s"]
     assert metrics["env_steps_per_s"] == pytest.approx(metrics["steps"] / metrics["env_s"])
+
+
+def test_until_widens_both_intervals():
+    """Where the score is success, success that is looked at again and again has one interval, not two."""
+    found = evaluate(Controller(Expert(TASK), execute=4), BatchEnv(TASK, 5, threads=1), 10, 50, until=0.01).metrics()
+    assert found["success_ci"] == found["score_ci"] == list(wilson(round(10 * found["success"]), 10, Z_LOOKED))
+
+
+def test_the_reason_of_a_fault_is_one_line():
+    assert reason("copy 3 (seed 5), control step 6: Traceback (most recent call last):\n  File x\nRuntimeError: it came off") == "RuntimeError: it came off"
+    hang = 'copy 0 (seed 3), control step 12: no answer for 2 s.\nStack (most recent call first):\n  File "<string>", line 1 in <module>'
+    assert reason(hang) == "copy 0 (seed 3), control step 12: no answer for 2 s." and reason("") == ""
 
 
 class Deaf(Gantry):

@@ -88,6 +88,13 @@ def test_the_bootstrap_covers_the_mean_of_push_ts_scores():
     assert 0.932 < np.mean(held) < 0.965
 
 
+def test_the_bootstrap_widens_with_z():
+    """By 2.05 / 1.96 where it is nearly normal."""
+    x = np.random.default_rng(0).normal(3, 2, 200)
+    (lo, hi), (low, high) = bootstrap(x), mean_interval(x, stats.Z_LOOKED)
+    assert (high - low) / (hi - lo) == pytest.approx(stats.Z_LOOKED / stats.Z, abs=0.02)
+
+
 def test_a_score_that_is_success_has_the_interval_of_success():
     assert mean_interval([1.0] * 50) == wilson(50, 50) and mean_interval([0, 1, 1, 0]) == wilson(2, 4)
     assert mean_interval([0.5, 1, 1, 0]) == bootstrap([0.5, 1, 1, 0])

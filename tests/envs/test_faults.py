@@ -28,11 +28,11 @@ TEXTS = {
     "exit": "SystemExit: bye",
     "nan": r"observation 'place' is not finite: \[nan nan\]",
     "reward": "reward is not finite: inf",
-    "sleep": r'no answer for 2 s. Stack.*\n  File ".*faulty.py", line \d+ in fail',
-    "sleep in C": r'no answer for 2 s. Stack.*\n  File ".*faulty.py", line \d+ in fail',
-    "stop": "no answer for 2 s. It left no traceback",
+    "sleep": r'no answer for 2 s.\nStack.*\n  File ".*faulty.py", line \d+ in fail',
+    "sleep in C": r'no answer for 2 s.\nStack.*\n  File ".*faulty.py", line \d+ in fail',
+    "stop": "no answer for 2 s.\nIt left no traceback",
     "kill": "its process died of SIGKILL",
-    "segfault": r'died of SIGSEGV. Fatal Python error: Segmentation fault.*faulty.py", line \d+ in fail',
+    "segfault": r'died of SIGSEGV.\nFatal Python error: Segmentation fault.*faulty.py", line \d+ in fail',
 }
 
 
