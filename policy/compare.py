@@ -80,8 +80,8 @@ def _differences(pairs: Sequence[dict[str, Any]]) -> str:
         shown = [(pair["second"], pair[key]) for pair in pairs if pair[key]]
         if key == "score" and all(d["difference_ci"] == pair["success"]["difference_ci"] for pair in pairs if (d := pair[key])):
             continue  # the score is success
-        rows = [(other, d["difference"], *d["difference_ci"], "{} [{}, {}]".format(*(format(scale * v, form) for v in (d["difference"], *d["difference_ci"]))))
-                for other, d in shown]
+        values = [(other, [scale * v for v in (d["difference"], *d["difference_ci"])]) for other, d in shown]
+        rows = [(other, *each, "{} [{}, {}]".format(*(format(v, form) for v in each))) for other, each in values]
         if rows:
             note = "95 % intervals, paired by seed" + (", in points" if scale > 1 else "")
             out += (f'<div class="card"><h3>{name}: difference to {escape(pairs[0]["first"])}<small>{note}</small></h3>'

@@ -164,16 +164,21 @@ def forest(rows: Sequence[tuple[str, float, float, float, str]], *, x: str) -> s
     drawn = ""
     for i, (name, value, lo, hi, words) in enumerate(rows):
         y, colour = TOP + each * (i + 0.5), "good" if lo > 0 else "bad" if hi < 0 else "none"
-        drawn += (f'<g class="{colour}"><text x="{left - 14}" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
+        drawn += (f'<g class="{colour}"><text x="{left - 14}" y="{y + 4}" text-anchor="end">{escape(last(name, 31))}</text>'
                   f'<line class="whisker" x1="{at(lo):.1f}" x2="{at(hi):.1f}" y1="{y}" y2="{y}"/><circle class="dot" cx="{at(value):.1f}" cy="{y}" r="5"/>'
                   f'<text x="{w - right + 14}" y="{y + 4}">{escape(words)}</text></g>')
     return (f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{escape(x)}">{lines}{zero}{drawn}'
             f'<text x="{w - right}" y="{h - 3}" text-anchor="end">{escape(x)}</text></svg>')
 
 
+def last(name: str, n: int) -> str:
+    """A name of n characters at most, its end, which tells it from others."""
+    return name if len(name) <= n else "…" + name[1 - n:]
+
+
 def matrix(rows: Sequence[tuple[str, Sequence[bool]]], columns: Sequence[object]) -> str:
     """Who succeeded (name, (n,)) on which of the columns (n,): green or red, columns named on hover."""
-    left, each, w = 160, 26, 2 * W
+    left, each, w = min(400, max(160, 7 * max((len(name) for name, _ in rows), default=0) + 12)), 26, 2 * W
     width = (w - left - RIGHT) / max(1, len(columns))
     drawn = ""
     for j, column in enumerate(columns):
@@ -181,5 +186,5 @@ def matrix(rows: Sequence[tuple[str, Sequence[bool]]], columns: Sequence[object]
                         f'height="{each - 4}"/>' for i, (_, won) in enumerate(rows))
         said = ", ".join(f"{name} {'success' if won[j] else 'failure'}" for name, won in rows)
         drawn += f"<g><title>{escape(f'seed {column}: {said}')}</title>{cells}</g>"
-    names = "".join(f'<text x="{left - 12}" y="{TOP + i * each + 15}" text-anchor="end">{escape(name)}</text>' for i, (name, _) in enumerate(rows))
+    names = "".join(f'<text x="{left - 12}" y="{TOP + i * each + 15}" text-anchor="end">{escape(last(name, 55))}</text>' for i, (name, _) in enumerate(rows))
     return f'<svg viewBox="0 0 {w} {TOP + each * len(rows)}" role="img" aria-label="successes by seed">{names}{drawn}</svg>'

@@ -20,6 +20,7 @@ Evaluate = Callable[[DictConfig, Path], dict[str, Any]]
 SETTINGS = ("env", "checkpoint", "sampler", "control", "guide", "simulator")  # what makes two evaluations of a run one and the same
 AS_BEFORE: dict[str, Any] = {"control": {"delay": 0, "align": True}, "simulator": "threads"}  # of evaluations from before there was a choice
 NOT_PHYSICS = ("workers", "timeout")
+LONG = 24  # characters of a name, beyond which a shorter one is looked for
 
 
 @dataclass
@@ -36,8 +37,11 @@ class Side:
         return set(self.metrics.get("seeds") or ())
 
     def env(self) -> dict[str, Any]:
-        assert self.at
-        return {k: v for k, v in settings(OmegaConf.load(self.at / "config.yaml"))["env"].items() if k not in NOT_PHYSICS}
+        """What it is, or is to be, evaluated in."""
+        if (cfg := self.cfg) is None:
+            assert self.at
+            cfg = OmegaConf.load(self.at / "config.yaml")
+        return {k: v for k, v in settings(cfg)["env"].items() if k not in NOT_PHYSICS}
 
 
 def compare(cfg: DictConfig, evaluate: Evaluate) -> dict[str, Any]:
@@ -48,11 +52,11 @@ def compare(cfg: DictConfig, evaluate: Evaluate) -> dict[str, Any]:
     if cfg.until is not None:
         raise ValueError("until=… stops each at another seed; to compare, name how many for all: episodes=…")
     sides = [side(name, folder, cfg) for name, folder in zip(names(folders), folders, strict=True)]
+    refuse_other_envs(sides)
     seeds = common_seeds(sides, cfg)
     for each in sides:
         if not set(seeds) <= each.seeds:
             run_missing(each, seeds, evaluate)
-    refuse_other_envs(sides)
     out = Path(cfg.out) if cfg.out else Path("outputs") / "compare" / re.sub(r"[^\w.=+-]+", "_", "-vs-".join(s.name for s in sides))
     found = paired.compare({s.name: s.metrics for s in sides}, seeds)
     for run, each in zip(found["runs"], sides, strict=True):
@@ -65,10 +69,10 @@ def compare(cfg: DictConfig, evaluate: Evaluate) -> dict[str, Any]:
         found["videos"] = film_differences(sides, found, out, cfg)
         common.save_json(out / "compare.json", found)
     except Exception as e:  # as in common.rollout: the numbers are worth more
-        console.print(f"[yellow]no videos: {escape(str(e))}[/]", highlight=False)
+        console.print(f"[yellow]no videos: {escape(str(e))}[/]", highlight=False, soft_wrap=True)
     for pair in found["differences"]:
-        console.print(f"[bold]{escape(paired.sentence(pair))}[/]", highlight=False)
-    console.print(f"report: {paired.write_page(out, found)}", highlight=False)
+        console.print(f"[bold]{escape(paired.sentence(pair))}[/]", highlight=False, soft_wrap=True)
+    console.print(f"report: {paired.write_page(out, found)}", highlight=False, soft_wrap=True)
     return {"folder": str(out), "differences": found["differences"]}
 
 
@@ -78,7 +82,14 @@ def names(folders: Sequence[Path]) -> list[str]:
     shortest = min(map(len, parts))
     head = next((k for k in range(shortest) if len({p[k] for p in parts}) > 1), shortest - 1)
     tail = next((k for k in range(shortest - head) if len({p[-1 - k] for p in parts}) > 1), 0)
-    return ["/".join(p[head: len(p) - tail] or p[-1:]) for p in parts]
+    found = [p[head: len(p) - tail] or p[-1:] for p in parts]
+    if max(len("/".join(p)) for p in found) > LONG:  # they share no root: the fewest last words that differ, eval/<name> not among them if it need not be
+        bare = [p[:-2] if len(p) > 2 and p[-2] == "eval" else p for p in parts]
+        for tried in (bare, parts):
+            for k in range(1, shortest):
+                if len({p[-k:] for p in tried}) == len(parts):
+                    return ["/".join(p[-k:]) for p in tried]
+    return ["/".join(p) for p in found]
 
 
 def side(name: str, folder: Path, cfg: DictConfig) -> Side:
@@ -136,7 +147,7 @@ def run_missing(one: Side, seeds: Sequence[int], evaluate: Evaluate) -> None:
     if few != (cfg.seed, 100) and not said & {"episodes", "seed"}:  # beside the usual one, not in its place
         cfg.out = str(one.folder / "eval" / f"{cfg.checkpoint}-seed={few[0]}-episodes={few[1]}")
     cfg.seed, cfg.episodes = few
-    console.print(f"[bold]{escape(one.name)}[/]", highlight=False)
+    console.print(f"[bold]{escape(one.name)}[/]", highlight=False, soft_wrap=True)
     one.metrics = evaluate(cfg, one.folder)
     one.at = Path(one.metrics["folder"])
 
@@ -146,7 +157,8 @@ def refuse_other_envs(sides: Sequence[Side]) -> None:
     for other in sides[1:]:
         if keys := [k for k in first | other.env() if first.get(k) != other.env().get(k)]:
             told = "; ".join(f"{s.name}: {', '.join(f'{k}={s.env().get(k)}' for k in keys)}" for s in (sides[0], other))
-            raise ValueError(f"evaluated in different environments ({told}). Name one for all run folders, like env.{keys[0]}={first.get(keys[0])}")
+            one = "env=… (env=gantry)" if "_target_" in keys else f"env.{keys[0]}={first.get(keys[0])}"
+            raise ValueError(f"evaluated in different environments ({told}). Compare runs of one task, or name one environment for all run folders: {one}")
 
 
 def film_differences(sides: Sequence[Side], found: dict[str, Any], out: Path, cfg: DictConfig) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Comparing: paired on the seeds, found where it is held and made where it is not; late plans; faults with the command that replays them."""
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from policy.compare import compare, sentence, write_page
 from policy.stats import Paired, bootstrap, episodes_needed, holm, wilson
+from policy.svg import matrix
 from scripts import films
 from scripts.common import load_actions
 from scripts.compare import names
@@ -77,8 +79,26 @@ def test_the_page_shows_everything_and_fetches_nothing(tmp_path):
     assert "seed 14: " in html and "b failure" in html
 
 
+def test_the_axis_is_in_the_unit_of_its_labels(tmp_path):
+    """Points, as the numbers beside the bars."""
+    found = compare({"a": evaluation("+" * 20), "b": evaluation("+" * 10 + "-" * 10)}, range(10, 30))
+    page = Page(write_page(tmp_path, found).read_text())
+    html = (tmp_path / "report.html").read_text()
+    drawn = re.search(r'aria-label="difference">.*?</svg>', html, re.DOTALL)[0]
+    assert "-50.0 [" in page.text and re.findall(r'text-anchor="middle">([^<]*)<', drawn)[0] in ("-60", "-80") and "-0.6" not in drawn
+
+
+def test_the_matrix_shows_the_ends_of_long_names():
+    drawn = matrix([("x" * 40 + "seed0", [True]), ("y" * 90 + "seed1", [False])], [1])
+    assert "x" * 40 + "seed0<" in drawn and "…" + "y" * 49 + "seed1<" in drawn
+    starts = [float(x) for x in re.findall(r'<rect[^>]* x="([\d.]+)"', drawn)]
+    assert min(starts) >= 12 + 6.5 * 55  # room for the letters
+
+
 @pytest.mark.parametrize("folders, want", [
     (["outputs/a", "outputs/b"], ["a", "b"]), (["x/a/eval/policy", "x/b/eval/policy"], ["a", "b"]), (["x/a", "x/b/eval/policy"], ["a", "b/eval/policy"]),
+    (["/tmp/review/outputs/rv/suite/gantry/seed0/eval/suite", "outputs/a"], ["seed0", "a"]),
+    (["/tmp/review/outputs/rv/suite/gantry/seed0", "outputs/seed0"], ["gantry/seed0", "outputs/seed0"]),
     (["x/eval/policy", "x/eval/policy-sampler=heun"], ["policy", "policy-sampler=heun"]), (["x/a", "x/a/eval/p"], ["a", "a/eval/p"])])
 def test_names_are_what_tells_folders_apart(folders, want):
     assert names([Path(f) for f in folders]) == want
@@ -165,7 +185,10 @@ def test_compare_uses_what_is_held_and_runs_what_is_missing(shell, run):  # noqa
     assert made["seeds"] == found["seeds"] and made["runs"][0]["metrics"]["control"]["execute"] == 4  # made now, on the seeds the other holds
     assert made["command"] == f"dipole eval compare run run/eval/{heun} +env.max_steps=16 control.execute=4 out=made videos=0"
 
+    evaluated = sorted((shell.folder / "run" / "eval").iterdir())
     refused(shell("eval", "compare", "run", f"run/eval/{heun}", "+env.max_steps=12", "out=bad"), "different environments", "max_steps=12", "max_steps=16")
+    refused(shell("eval", "compare", "run", f"run/eval/{heun}", "env=maze", "out=bad"), "different environments", "env=…")
+    assert sorted((shell.folder / "run" / "eval").iterdir()) == evaluated  # before anything was evaluated
     refused(shell("eval", "compare", f"run/eval/{plain}", f"run/eval/{heun}", "seed=5"), "holds 100000–100002", "Name run folders")
     refused(shell("eval", "compare", "run"), "compare what with what")
     refused(shell("eval", "compare", "run", "demos.zarr"), "demos.zarr is neither a run")
