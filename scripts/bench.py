@@ -14,7 +14,7 @@ from policy.train.log import console
 from scripts.cli import words_to_overrides
 from scripts.verb import verb
 
-# Each has measure(cfg) -> rows, show(rows) and headline(rows), and is imported when it is asked for.
+# Each has measure(cfg) -> rows, show(rows) and headline(rows), page(cfg) where it writes one, and is imported when it is asked for.
 BENCHES = {"train": "scripts.bench_train", "samplers": "scripts.bench_samplers", "rollout": "scripts.bench_rollout", "suite": "scripts.suite",
            "family": "scripts.bench_family", "modes": "scripts.bench_modes",
            "experts": "scripts.bench_experts"}
@@ -32,7 +32,8 @@ def main(cfg: DictConfig) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg(), "threads": cfg.threads, "versions": checkpoint.versions()}
     out.write_text(json.dumps({"rows": rows, "machine": machine, "command": " ".join(sys.argv)}, indent=1))
-    console.print(f"[bold]{bench.headline(rows)}[/]: {out}", highlight=False)
+    where = bench.page(cfg) if hasattr(bench, "page") else out  # what is worth opening
+    console.print(f"[bold]{bench.headline(rows)}[/]: {where}", highlight=False, soft_wrap=True)
 
 
 def cpu_name() -> str:

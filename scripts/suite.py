@@ -63,7 +63,7 @@ class Row:
         return ""
 
 
-show, headline = suite_page.show, suite_page.headline
+show, headline, page, commit = suite_page.show, suite_page.headline, suite_page.where, suite_page.commit
 
 
 class Stopped(Exception):
@@ -81,7 +81,7 @@ def measure(cfg: DictConfig, name: str = "suite", write: Callable[[Path, Facts],
             for row in rows:
                 if why := row.lacking():
                     note(row.folder / "skipped.json", {"reason": why})
-                    console.print(f"{row.name}: skipped, {escape(why)}", highlight=False)
+                    console.print(f"{row.name}: skipped, {escape(why)}", highlight=False, soft_wrap=True)
                 else:
                     (row.folder / "skipped.json").unlink(missing_ok=True)
                     for seed in seeds:
@@ -133,7 +133,7 @@ def cell(row: Row, seed: int, cfg: DictConfig, show: Callable[[str, float], None
                       watch=lambda what=what: show(f"{label}: {what}", 1.0), label=label)  # type: ignore[misc]
     except Stopped as e:
         note(row.folder / "skipped.json" if "is not installed" in str(e) else failed, {"reason": str(e)})
-        console.print(f"[red]{row.name} seed {seed}[/]: {escape(str(e))}", highlight=False)
+        console.print(f"[red]{row.name} seed {seed}[/]: {escape(str(e))}", highlight=False, soft_wrap=True)
 
 
 def learn(row: Row, seed: int, show: Callable[[str, float], None]) -> None:
@@ -180,7 +180,7 @@ def stage(path: Path, argv: list[str], lock: int, *, watch: Callable[[], None], 
             raise KeyboardInterrupt  # it has answered a signal by saving
         facts |= {"cpu_s": known["cpu_s"], "step": known["step"]}  # of all its parts, and of training alone
     note(marker, facts)
-    console.print(f"{label}: {argv[0]} done, {facts['cpu_s']:.0f} CPU-s", highlight=False)
+    console.print(f"{label}: {argv[0]} done, {facts['cpu_s']:.0f} CPU-s", highlight=False, soft_wrap=True)
 
 
 def call(argv: list[str], log: Path, lock: int, watch: Callable[[], None]) -> tuple[int, float]:
@@ -284,15 +284,6 @@ def last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("error: ")] or lines
     return f"{told[-1].removeprefix('error: ')} ({log})"
-
-
-def commit() -> str:
-    """The commit of this code, with + when it has been changed since; '' outside of a repository."""
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-    head = git("rev-parse", "--short", "HEAD")
-    return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def note(path: Path, content: Facts) -> None:

@@ -1,6 +1,7 @@
 """The suite's table as text, as json, as markdown for the README, and as a page with bars."""
 import json
 import os
+import subprocess
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def show(rows: Facts) -> None:
     for r in rows.values():
         if why := why_not(r):
             console.print(f"[yellow]{r['name']}[/] {plainly(why)}", highlight=False)
+
+
+def where(cfg: Any) -> Path:
+    """The page of `dipole bench suite`."""
+    return Path(cfg.run) / "suite" / "suite.html"
 
 
 def headline(rows: Facts) -> str:
@@ -103,3 +109,12 @@ def spent(r: Facts) -> str:
 def why_not(r: Facts) -> str:
     bad = [c for c in r["cells"] if c["status"] == "failed"]
     return f"skipped: {r['skipped']}" if r.get("skipped") else f"seed {bad[0]['seed']} failed: {bad[0]['reason']}" if bad else ""
+
+
+def commit() -> str:
+    """The commit of this code, with + when it has been changed since; '' outside of a repository."""
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    head = git("rev-parse", "--short", "HEAD")
+    return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")

@@ -97,6 +97,16 @@ def test_more_episodes_evaluate_again_more_seeds_train_more_and_other_settings_a
     assert "train.steps=5" in rows["one"]["cells"][0]["reason"] and "remove the folder" in rows["one"]["cells"][0]["reason"]
 
 
+def test_the_last_line_names_the_page(tmp_path, verbs, monkeypatch):
+    from scripts import bench
+    cfg = settings(tmp_path, only=["one"], do="suite", threads=1)
+    said = []
+    monkeypatch.setattr(bench.console, "print", lambda *words, **_: said.extend(words))
+    bench.main.__wrapped__(cfg)
+    assert said[-1].endswith(f": {tmp_path}/suite/suite.html")
+    assert json.loads((tmp_path / "bench" / "suite.json").read_text())["rows"]["one"]["cells"]
+
+
 def test_the_table_keeps_seeds_of_other_calls(tmp_path, verbs):
     suite.measure(settings(tmp_path, only=["one"], seeds=[0, 1]))
     rows = suite.measure(settings(tmp_path, only=["two"], seeds=[10]))
