@@ -74,6 +74,8 @@ class Maze(Task):
     def __init__(self, *, size: str = "umaze", map: str | Iterable[str] | None = None, max_steps: int | None = None) -> None:
         if map is None and size not in LAYOUTS:
             raise ValueError(f"size {size!r} is unknown: use {', '.join(LAYOUTS)}, or give your own map=['#####', '#...#', '#####']")
+        if isinstance(map, str) and map in LAYOUTS:
+            raise ValueError(f"map={map!r} is the name of a layout: write size={map} (env.size={map}); map takes rows of '#' and '.'")
         rows = LAYOUTS[size] if map is None else map.split() if isinstance(map, str) else map
         self.rows = tuple(str(row) for row in rows)
         self.cells = free_cells(self.rows)  # (c, 2) row, column

@@ -179,11 +179,12 @@ def dress(spec: mujoco.MjSpec) -> None:
     try:
         import mujoco_menagerie as menagerie
     except ImportError as error:
-        raise ImportError("meshes=true shows the Panda of MuJoCo Menagerie: pip install 'dipole[menagerie]', or leave meshes=false") from error
+        raise ImportError("meshes=true shows the Panda of MuJoCo Menagerie: pip install 'dipole[menagerie]', or leave meshes=false",
+                          name="mujoco_menagerie") from error
     try:
         donor = menagerie.get("franka_emika_panda").spec("panda")
     except menagerie.MenagerieError as error:
-        raise RuntimeError(
+        raise OSError(
             f"meshes=true needs 3 MB that Menagerie downloads once ({error}). Run 'mujoco-menagerie prefetch franka_emika_panda' where there is a network"
             " and copy its cache here (MENAGERIE_CACHE_DIR), set MENAGERIE_ROOT to a checkout of mujoco_menagerie, or leave meshes=false"
         ) from error

@@ -87,6 +87,8 @@ class ChunkEnv(gymnasium.vector.VectorEnv):
             raise RuntimeError(STILL)
         actions = np.asarray(actions)
         t = actions.shape[1] if actions.ndim > 2 else 1
+        if t < 1:
+            raise ValueError(f"actions have shape {actions.shape}: a chunk is one control step at least")
         if last is not None and last < 1:
             raise ValueError(f"last={last} must be at least 1: the next action needs an observation")
         last = min(last or t, t)

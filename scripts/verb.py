@@ -76,7 +76,8 @@ def verb(name: str, of_run: Sequence[str] = ()) -> Callable[[Callable[[DictConfi
 def said(e: Exception, name: str) -> str:
     """The last line of a command that ends with this exception; '' when it is a bug."""
     if isinstance(e, ImportError):
-        return f"dipole {name} needs {e.name}, which is not installed: {line}" if (line := missing(e.name)) else ""
+        line = missing(e.name)
+        return f"dipole {name} needs {e.name}, which is not installed: {line}" if line else f"error: {e}" if "pip install" in str(e) else ""
     return f"error: {text}" if isinstance(e, MISTAKES) and (text := told(e, name)) else ""
 
 

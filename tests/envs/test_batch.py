@@ -161,3 +161,11 @@ def test_seeds():
     with pytest.raises(ValueError, match="2 seeds for 3 envs"):
         env.reset(seed=[1, 2])
     assert env.observation_space.contains(unseeded) and env.action_space.contains(env.action_space.sample())
+
+
+def test_a_chunk_of_no_steps_is_refused():
+    envs = BatchEnv(PushT(), 2, threads=1)
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match=r"shape \(2, 0, 2\).*one control step"):
+        envs.step_chunk(np.zeros((2, 0, 2)))
+    envs.close()

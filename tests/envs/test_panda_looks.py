@@ -76,7 +76,7 @@ def test_meshes_that_cannot_be_had_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("MENAGERIE_ROOT", raising=False)
     monkeypatch.setenv("MENAGERIE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("MENAGERIE_BASE_URL", "file:///nowhere")
-    with pytest.raises(RuntimeError, match=r"downloads once \(file:///nowhere.*prefetch franka_emika_panda.*meshes=false"):
+    with pytest.raises(OSError, match=r"downloads once \(file:///nowhere.*prefetch franka_emika_panda.*meshes=false"):
         _ = PandaPick(meshes=True).model
     monkeypatch.setitem(sys.modules, "mujoco_menagerie", None)
     with pytest.raises(ImportError, match=r"pip install 'dipole\[menagerie\]'"):
