@@ -15,10 +15,12 @@ from scripts.common import plain, whole
 from scripts.verb import verb
 
 
-def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, workers: int | None = None, recording: str | None = None) -> Store:
+def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, workers: int | None = None, recording: str | None = None,
+            env: dict[str, Any] | None = None) -> Store:
     """task: an envs.task.Task, or a function without arguments that makes one environment with an expert (envs.adapter.Adapter).
 
     recording: a file of human demonstrations that the environment can read (`recorded`), taken as it is instead of the expert.
+    env: the task's settings, kept in the store so that training on them for another is refused (common.check_settings).
     Append-safe: an interrupted run leaves a store that opens with the episodes written so far.
     """
     from envs.collect import demonstrations, from_env
@@ -42,7 +44,8 @@ def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, work
     schema: dict[str, Any] = {**{k: (v.shape, v.dtype) for k, v in facts.observation_space.spaces.items()}, "action": (facts.action_space.shape, "float32")}
     check_noise(noise, facts.action_space.shape[0])
     store = Store.create(path, schema, fps=fps, units=facts.units, action_semantics=facts.action_semantics,
-                         attrs={"task": facts.name, **({"expert": "scripted", "first_seed": seed} if recording is None else {"expert": "recorded"})})
+                         attrs={"task": facts.name, **({"env": env} if env else {}),
+                                **({"expert": "scripted", "first_seed": seed} if recording is None else {"expert": "recorded"})})
     with bar() as progress:
         bar_task = progress.add_task("collect", total=episodes if recording is None else None, note="")
         while chunk := [{k: v for k, v in e.items() if k != "seed"} for e in islice(found, 25)]:
@@ -66,8 +69,10 @@ def main(cfg: DictConfig) -> None:
     whole(0, seed=cfg.seed, **({} if cfg.workers is None else {"workers": cfg.workers}))
     noise = plain(cfg.noise) if OmegaConf.is_config(cfg.noise) else cfg.noise
     task, path, tick = instantiate(cfg.env), Path(cfg.path), time.perf_counter()
-    store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=noise, workers=cfg.workers, recording=cfg.recording)
-    console.print(f"[bold]{store.episodes} demonstrations, {store.steps} steps in {time.perf_counter() - tick:.1f} s[/]: {path}", highlight=False)
+    store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=noise, workers=cfg.workers, recording=cfg.recording,
+                    env=plain(cfg.env))
+    line = f"[bold]{store.episodes} demonstrations, {store.steps} steps in {time.perf_counter() - tick:.1f} s[/]"
+    console.print(f"{line}: {path}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the verbs share: the run folder, the configuration a run was trained with, environments, videos, the result's files."""
 import json
 import os
+import re
 import shlex
 import time
 from collections.abc import Collection, Sequence
@@ -18,8 +19,9 @@ from rich.markup import escape
 from policy.control import Controller
 from policy.data.store import Store
 from policy.data.windows import TrajectoryDataset
-from policy.episodes import Report
+from policy.episodes import Report, reason
 from policy.lanes import evaluate_in_lanes
+from policy.page import counted
 from policy.planner import Planner
 from policy.report import write_report
 from policy.train import checkpoint
@@ -28,6 +30,7 @@ from policy.types import Spec
 from scripts import films, sweep
 
 LEARNED = ("padding_loss", "obs_noise", "cond_drop", "normalize", "t_obs", "horizon", "data", "train", "density", "formalism", "teacher")
+NOT_RECORDED = ("max_steps", "workers", "timeout", "meshes")  # settings that change nothing in what an expert shows
 PLANNER = ("encoder", "net", "schedule", "denoiser", "objective", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
 
 
@@ -42,9 +45,8 @@ def overrides() -> list[str]:
 
 def whole(least: int, **settings: Any) -> None:
     """ValueError when one of the settings {name: value} is no whole number from `least`."""
-    for name, value in settings.items():
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number from {least}")
+    if wrong := [f"{name}={value!r}" for name, value in settings.items() if type(value) is not int or value < least]:
+        raise ValueError(f"{wrong[0]} must be a whole number from {least}")
 
 
 def new_run(cfg: DictConfig) -> Path:
@@ -68,8 +70,7 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
         raise FileNotFoundError(f"{folder} is not a training run: it has no config.yaml")
     saved = OmegaConf.load(path)
     now = overrides()
-    name = HydraConfig.get().job.config_name
-    both = compose(name, [*remembered(_trained_with(folder), now, groups()), *now])  # so that sampler.steps=4 keeps the sampler the run was trained with
+    both = compose(name := HydraConfig.get().job.config_name, [*remembered(_trained_with(folder), now), *now])  # so that sampler.steps=4 keeps the sampler the run was trained with
     touched = {key_of(o) for o in now} - {"run", "resume"}
     if name == "eval" and (learned := sorted(touched & {*PLANNER, *LEARNED} - {"sampler"})):
         raise ValueError(f"{', '.join(learned)} cannot change after training; train a new run with it. What can: env, sampler, guide, control")
@@ -81,16 +82,12 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
     return result
 
 
-def remembered(before: Sequence[str], now: Sequence[str], groups: Collection[str]) -> list[str]:
+def remembered(before: Sequence[str], now: Sequence[str], groups: Collection[str] | None = None) -> list[str]:
     """The overrides `before` that those of `now` leave standing: not what is said anew, and nothing below one of the groups that is chosen anew."""
     said = {o.split("=")[0] for o in now}
     said |= {key[1:] for key in said if key.startswith("+")}
-    chosen = tuple(f"{key}." for key in said & set(groups))
+    chosen = tuple(f"{key}." for key in said & set(HydraConfig.get().runtime.choices if groups is None else groups))
     return [o for o in before if (key := o.split("=")[0]) not in said and not key.lstrip("+~").startswith(chosen)]
-
-
-def groups() -> set[str]:
-    return set(HydraConfig.get().runtime.choices)
 
 
 def _trained_with(folder: Path) -> list[str]:
@@ -107,7 +104,7 @@ def write_start(folder: Path, cfg: DictConfig, said: Sequence[str] | None = None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     now = overrides() if said is None else list(said)
-    kept = [*remembered(_trained_with(folder), now, groups()), *now]
+    kept = [*remembered(_trained_with(folder), now), *now]
     (folder / "overrides.json").write_text(json.dumps([o for o in kept if o.split("=")[0] not in ("run", "resume")]))
     (folder / "versions.json").write_text(json.dumps(checkpoint.versions(), indent=1))
 
@@ -136,10 +133,20 @@ def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryData
     return TrajectoryDataset(store, obs, action, t_obs=cfg.t_obs, horizon=cfg.horizon, split=split, device=device, **d)
 
 
+def check_settings(cfg: DictConfig) -> None:
+    """ValueError when the data is known to be of the same task in other settings: mazes of all sizes look alike."""
+    now, then = plain(cfg.env), Store.open(cfg.data.path).attrs.get("env") or {}
+    other = [k for k in then.keys() & now.keys() if then[k] != now[k] and k not in NOT_RECORDED]
+    if then.get("_target_") == now.get("_target_") and other:
+        of, here = (", ".join(f"env.{k}={node[k]}" for k in sorted(other)) for node in (then, now))
+        raise ValueError(f"{cfg.data.path} was recorded with {of}, and this is training for {here}: say {of}, or record others with dipole collect {here}")
+
+
 def check_task(cfg: DictConfig, spec: Spec) -> None:
     """ValueError before training when the data does not show what the environment shows; nothing where there is none to ask."""
     if "_target_" not in cfg.env:
         return
+    check_settings(cfg)
     try:
         from envs.task import Task
     except ImportError:
@@ -241,11 +248,11 @@ def tell_faults(metrics: dict[str, Any], folder: Path) -> None:
     for fault in metrics["faults"]:
         fault["replay"] = shlex.join(["dipole", "eval", f"run={metrics.get('run', folder)}", f"seed={fault['seed']}", "episodes=1", *kept])
     for fault in metrics["faults"][:5]:
-        why = (fault["error"].strip().splitlines() or [""])[-1]
-        console.print(f"[yellow]seed {fault['seed']} broke off after {fault['step']} steps[/]: {escape(why)}", highlight=False)
+        why = escape(reason(fault["error"]))
+        console.print(f"[yellow]seed {fault['seed']} broke off after {fault['step']} steps[/]: {why}", highlight=False, soft_wrap=True)
     if metrics["faults"]:
         console.print(f"{len(metrics['faults'])} of {metrics['episodes']} episodes broke off and count as failures. Look at one again: "
-                      f"{escape(metrics['faults'][0]['replay'])}", highlight=False)
+                      f"{escape(metrics['faults'][0]['replay'])}", highlight=False, soft_wrap=True)
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
@@ -276,7 +283,7 @@ def result_line(metrics: dict[str, Any]) -> str:
     low, high = metrics["score_ci"] or (float("nan"),) * 2
     until, score, plan = metrics.get("until"), metrics["score"], metrics["plan_ms"]["p50"]
     return (f"{metrics['task']}: success {metrics['success']:.1%} [{lo:.1%}, {hi:.1%}], "
-            + ("" if score is None else f"score {score:.3f} [{low:.3f}, {high:.3f}] ") + f"over {metrics['episodes']} distinct seeds"
+            + ("" if score is None else f"score {score:.3f} [{low:.3f}, {high:.3f}] ") + f"over {counted(metrics['episodes'], 'distinct seed')}"
             + (f", {len(metrics['faults'])} of them broke off" if metrics["faults"] else "")
             + (f", {'enough for' if until['reached'] else 'not yet'} ± {until['half_width']:.1%}" if until else "")
             + ("" if plan is None else f"; one plan {plan:.1f} ms"))
@@ -284,10 +291,10 @@ def result_line(metrics: dict[str, Any]) -> str:
 
 def command() -> str:
     """What to type to do this again, from the same folder; `dipole eval` and `python scripts/eval.py` are the same."""
-    return shlex.join(["dipole", str(HydraConfig.get().job.config_name), *overrides()])
+    return shlex.join(["dipole", str(HydraConfig.get().job.config_name), *(re.sub(r"='([\w./+-]+)'$", r"=\1", o) for o in overrides())])
 
 
 def finish(folder: Path, line: str) -> None:
     """The last line of every command: the result and where it lies."""
     page = write_report(folder)
-    console.print(f"[bold]{line}[/]\nreport: {page}", highlight=False)
+    console.print(f"[bold]{line}[/]\nreport: {page}", highlight=False, soft_wrap=True)

@@ -47,8 +47,8 @@ def main(cfg: DictConfig) -> None:
     runs = {(names[i] if i < len(names) else Path(r).name): points(Path(r)) for i, r in enumerate(cfg.runs)}
     for name, rows in runs.items():
         lo, hi = rows[-1]["score_ci"]
-        console.print(f"{name}: {rows[-1]['score']:.3f} [{lo:.3f}, {hi:.3f}] after {rows[-1]['cpu_s'] / 60:.1f} CPU-minutes", highlight=False)
-    console.print(f"[bold]{draw(runs, Path(cfg.out), target=cfg.target, title=cfg.title)}[/]", highlight=False)
+        console.print(f"{name}: {rows[-1]['score']:.3f} [{lo:.3f}, {hi:.3f}] after {rows[-1]['cpu_s'] / 60:.1f} CPU-minutes", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{draw(runs, Path(cfg.out), target=cfg.target, title=cfg.title)}[/]", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def info(path: str, out: str | None) -> Path:
 def main(cfg: DictConfig) -> None:
     if cfg.do != "info":
         raise ValueError(f"dipole data {cfg.do} is unknown; use: dipole data info path=…")
-    console.print(f"picture: {info(cfg.path, cfg.out)}", highlight=False)
+    console.print(f"picture: {info(cfg.path, cfg.out)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

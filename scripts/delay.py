@@ -43,13 +43,13 @@ def delay(cfg: DictConfig, folder: Path, out: Path, evaluate: Evaluate) -> dict[
     unit = "control steps" + (f" of {1000 / fps:.0f} ms" if fps else "")
     draw(found["curves"], out / "delay.png", unit, found["task"])
     for pair in found["differences"]:
-        console.print(escape(paired.sentence(pair)), highlight=False)
+        console.print(escape(paired.sentence(pair)), highlight=False, soft_wrap=True)
     title = f"{found['task']}: success when plans come late"
     shown = [key for key in ("success", "score") if key == "success" or any(run["score"] not in (None, run["success"]) for run in found["runs"])]
     cards = "".join(card(found["curves"], key, unit) for key in shown)
     page = paired.write_page(out, found, title=title, plots=[f'<section class="plots">{cards}</section>'])
     line = ", ".join(f"{name.removeprefix('delay ')}: {by_name[name]['success']:.0%}" for name in by_name)
-    console.print(f"[bold]success by delay: {line}[/]: {out / 'delay.png'}\nreport: {page}", highlight=False)
+    console.print(f"[bold]success by delay: {line}[/]: {out / 'delay.png'}\nreport: {page}", highlight=False, soft_wrap=True)
     return {"folder": str(out), "curves": found["curves"]}
 
 

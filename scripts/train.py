@@ -51,7 +51,7 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
         trainer.resume()
     common.write_start(folder, OmegaConf.create({**cfg, "resume": False}), said)  # only now: a refused configuration leaves no folder behind
     console.print(f"{folder}: {len(data.episodes)} episodes, {len(data)} windows, {sum(p.numel() for p in planner.parameters()) / 1e6:.2f} M parameters, "
-                  f"{device}, {'bf16' if trainer.bf16 else 'fp32'}", highlight=False)
+                  f"{device}, {'bf16' if trainer.bf16 else 'fp32'}", highlight=False, soft_wrap=True)
     with Log(folder, config={**config, "train": common.plain(cfg.train), "versions": checkpoint.versions()}, resume_at=trainer.step, **cfg.log) as log:
         trainer.run(log)
     common.finish(folder, common.result_line(last) if last else f"trained {trainer.step} steps in {trainer.cpu_s:.0f} CPU-seconds")

@@ -52,9 +52,9 @@ class Done:
 class Shell:
     """`shell("train", "recipe=gantry")` is `dipole train recipe=gantry` typed in `folder`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **env: str):
         self.folder = folder
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENV)
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**ENV, **env})
 
     def __call__(self, *argv: str) -> Done:
         files = [str(self.folder / f".std{i}") for i in (1, 2)]
@@ -197,6 +197,18 @@ def test_resume_goes_on_to_more_steps(shell, run):
     assert [json.loads(line)["step"] for line in (shell.folder / "more" / "train.jsonl").read_text().splitlines()] == [2, 5]
 
 
+def test_paths_and_commands_are_not_broken_where_a_terminal_ends(shell, run, tmp_path):
+    long = tmp_path / ("long folder " * 8)
+    server = Shell(shell.folder, COLUMNS="60")
+    try:
+        done = server("eval", "run=run", f"out={long}", "+env.max_steps=2", "episodes=1", "videos=0")
+    finally:
+        server.close()
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == f"report: {long}/report.html" and "over 1 distinct seed;" in done.out
+    assert json.loads((long / "metrics.json").read_text())["command"].startswith("dipole eval run=run 'out=")
+
+
 @pytest.mark.gl
 def test_eval_films_failures_first(shell, run):
     done = shell("eval", "run=run", "out=film", "+env.max_steps=4", "episodes=2", "videos=1")
@@ -237,6 +249,8 @@ def test_help_shows_three_commands(shell, verb):
     (["train", "run=new", "data.path=demos.zarr", "net.widths=[12]"], ["widths [12] must be multiples of groups=8"]),
     (["collect", "env=pusht", "path=new.zarr"], ["pusht has no scripted expert"]),
     (["collect", "path=demos.zarr"], ["demos.zarr already holds data"]),
+    (["collect", "env=maze", "env.map=umaze", "path=new.zarr"], ["env.size=umaze"]),
+    (["collect", "env=robosuite", "path=new.zarr"], ["pip install", "robosuite"]),
     (["collect", "episodes=-1", "path=new.zarr"], ["episodes=-1 must be a whole number from 1"]),
     (["collect", "episodes=many", "path=new.zarr"], ["episodes='many' must be a whole number from 1"]),
     (["collect", "seed=-1", "path=new.zarr"], ["seed=-1 must be a whole number from 0"]),
@@ -305,6 +319,7 @@ def test_collect_stores_every_demonstration(tmp_path):
     (["train", "run=bad", "data.path=demos.zarr", "train.log=0"], ["train.log=0"]),
     (["train", "run=bad", "data.path=demos.zarr", "train.steps=-2"], ["train.steps=-2"]),
     (["train", "run=bad", "data.path=demos.zarr", "device=quantum"], ["device=quantum", "device=auto"]),
+    (["train", "run=bad", "data.path=demos.zarr", "env.pillar=true"], ["was recorded with env.pillar=false", "training for env.pillar=true"]),
     (["train", "run=bad", "data.path=demos.zarr", "env=pusht"], ["not a recording of pusht", "hand", "env=none"]),
     (["eval", "run=run", "episodes=0"], ["episodes=0"]),
     (["eval", "run=run", "sampler.steps=abc"], ["sampling steps"]),
