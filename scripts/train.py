@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policy.data.normalize import Normalizer
 from policy.data.store import Store
-from policy.diffusion.objective import consistency, endpoint
+from policy.diffusion.objective import consistency
 from policy.planner import Planner
 from policy.train import checkpoint
 from policy.train.log import Log, console, read_rows
@@ -35,8 +35,6 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
     planner = checkpoint.build(config, spec, Normalizer.fit(data.arrays, modes), trust=list(cfg.trust)).to(device)
     if cfg.teacher:
         taught_by(planner, cfg)
-    elif _is(planner.objective, endpoint):
-        raise ValueError("objective=endpoint learns from a teacher: dipole distill run=FOLDER objective=endpoint")
     settings = Settings(**{**common.plain(cfg.train), "betas": tuple(cfg.train.betas)})
     last: dict[str, Any] = {}
 
@@ -64,15 +62,11 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
 def taught_by(planner: Planner, cfg: DictConfig) -> None:
     """Start from the teacher's weights and let the objective compare with it. The encoder stays as it is, so both see the same condition."""
     teacher, _ = checkpoint.load(cfg.teacher, cfg.teacher_checkpoint, device=str(checkpoint.pick_device(cfg.device)), trust=list(cfg.trust))
-    if not _is(planner.objective, consistency, endpoint):
-        raise ValueError("a teacher is for objective=consistency or endpoint: dipole distill sets it")
+    if getattr(planner.objective, "func", None) is not consistency:
+        raise ValueError("a teacher is for objective=consistency: dipole distill sets it")
     planner.load_state_dict(teacher.state_dict())
     planner.encoder.requires_grad_(False)
     planner.objective = partial(planner.objective, teacher=teacher.denoiser)
-
-
-def _is(objective: Any, *functions: Any) -> bool:
-    return getattr(objective, "func", objective) in functions
 
 
 def spec_of(cfg: DictConfig, shapes: dict[str, tuple[int, ...]]) -> Spec:

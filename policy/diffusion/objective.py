@@ -119,28 +119,4 @@ def consistency(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progre
         goal = denoiser(y, nxt, cond)
     error = denoiser(x, tau, cond) - goal
     weight = (1 / (far - near)).to(x0.dtype)[:, None, None]
-    return weight * _pseudo_huber(error, huber)
-
-
-def endpoint(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progress: float = 0.0, *, teacher: Denoise | None = None,
-             density: Density = uniform, steps: int = 5, huber: float = 0.03) -> Tensor:
-    """Jump to where the teacher's probability-flow ODE ends, solved in `steps` Heun steps: pseudo-Huber distance of the two.
-
-    What consistency distillation reaches level by level, at 2 steps - 1 teacher calls a sample. density=discrete with the times that plans
-    will start from learns only those.   Source: Luhman 2021 (knowledge distillation), for any time.
-    """
-    if teacher is None:
-        raise ValueError("objective=endpoint needs a teacher to learn from: dipole distill run=FOLDER objective=endpoint")
-    path = denoiser.path
-    tau = density(len(x0), path, x0).clamp_max(path.tau_max)
-    start = x = path.noise(x0, torch.randn_like(x0), tau)
-    with torch.no_grad():
-        for i in range(steps):
-            here, there = tau * (1 - i / steps), tau * (1 - (i + 1) / steps)
-            jump = teacher(x, here, cond)
-            x = jump if i == steps - 1 else trapezoid(teacher, path, x, jump, here, there, cond)
-    return _pseudo_huber(denoiser(start, tau, cond) - x, huber)
-
-
-def _pseudo_huber(error: Tensor, below: float) -> Tensor:
-    return torch.sqrt(error**2 + below**2) - below
+    return weight * (torch.sqrt(error**2 + huber**2) - huber)

@@ -206,21 +206,3 @@ def test_a_target_that_cannot_be_consistent_is_refused(target):
 
 def test_stratified_is_still_uniform():
     assert stratified(10_000, torch.zeros(1, dtype=torch.float64)).mean().item() == pytest.approx(0.5, abs=1e-3)
-
-
-@pytest.mark.parametrize("path", ["linear", "cosine", "vp", "ve"])
-def test_the_exact_jump_is_where_the_teacher_ends(path):
-    """Heun's error falls with the square of its steps; a wrong jump is far off."""
-    along = PATHS[path]
-    x0 = 0.4 + 0.2 * torch.randn(256, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-    def loss(steps: int, wrong: float = 0.0) -> float:
-        torch.manual_seed(1)
-        return endpoint(Denoiser(Jump(along, "v", wrong=wrong), along, "v"), x0, teacher=gaussian(along), steps=steps, huber=1e-9).mean().item()
-
-    assert loss(64) < 0.02 * loss(64, 0.3) and loss(64) < 0.4 * loss(32)
-
-
-def test_an_endpoint_needs_a_teacher():
-    with pytest.raises(ValueError, match="dipole distill"):
-        endpoint(Denoiser(Net(), PATHS["linear"], "flow"), torch.zeros(4, 2, 1))
