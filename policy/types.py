@@ -83,8 +83,8 @@ class Cond:
 
     @property
     def flat(self) -> Tensor:
-        """(b, n*d), absent tokens zeroed: what FiLM layers take."""
-        tokens = self.tokens if self.mask is None else self.tokens * self.mask[..., None]
+        """(b, n*d): what FiLM layers take. Absent tokens are filled with 2: zeros are an observation in the middle of the data."""
+        tokens = self.tokens if self.mask is None else torch.where(self.mask[..., None], self.tokens, 2.0)
         return tokens.flatten(1)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Cond":

@@ -28,7 +28,7 @@ class TimeEmbedding(nn.Module):
 
 
 def flat_condition(cond: Cond | None, cond_shape: tuple[int, int]) -> Tensor:
-    """cond.flat (b, n*d), absent tokens zeroed. ValueError when it is missing or not `cond_shape` = (n, d)."""
+    """cond.flat (b, n*d). ValueError when it is missing or not `cond_shape` = (n, d)."""
     n, d = cond_shape
     if cond is None:
         raise ValueError(f"this net is conditioned on {n} tokens of {d} features; pass cond")

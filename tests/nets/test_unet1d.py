@@ -75,8 +75,9 @@ def test_the_condition_and_the_noise_time_matter(net):
         y = net(x, tau, cond)
         assert not torch.allclose(net(x, tau, Cond(cond.tokens + 1)), y, atol=1e-3)
         assert not torch.allclose(net(x, 1 - tau, cond), y, atol=1e-3)
-        masked = torch.tensor([[True, False]]).expand(4, -1)  # an absent token is a token of zeros
-        torch.testing.assert_close(net(x, tau, Cond(cond.tokens, masked)), net(x, tau, Cond(cond.tokens * torch.tensor([1.0, 0.0])[:, None])))
+        masked = torch.tensor([[True, False]]).expand(4, -1)  # an absent token is a token of twos
+        twos = torch.cat([cond.tokens[:, :1], torch.full_like(cond.tokens[:, 1:], 2)], 1)
+        torch.testing.assert_close(net(x, tau, Cond(cond.tokens, masked)), net(x, tau, Cond(twos)))
 
 
 def test_an_unconditional_net_needs_no_condition():
