@@ -17,7 +17,6 @@ from policy.diffusion.objective import (
     denoising,
     denoising_loss,
     discrete,
-    endpoint,
     lognormal,
     stratified,
     uniform,
