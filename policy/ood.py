@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from policy.diffusion.likelihood import levels, log_density
-from policy.diffusion.objective import consistency, denoising_loss, discrete, endpoint
+from policy.diffusion.objective import consistency, denoising_loss, discrete
 from policy.planner import Planner
 from policy.types import Obs
 
@@ -19,8 +19,8 @@ def refuse(planner: Planner) -> None:
     """ValueError when the planner's network was not trained to denoise at every noise level: it then defines no density."""
     objective, options = _inside(planner.objective)
     density, _ = _inside(options.get("density"))
-    if objective in (consistency, endpoint):
-        raise ValueError("a consistency or distilled model jumps to data and does not estimate their mean, so it has no likelihood: evaluate its teacher, "
+    if objective is consistency:
+        raise ValueError("a consistency model jumps to data and does not estimate their mean, so it has no likelihood: evaluate its teacher, "
                          "or a formalism that denoises (ddpm, flow, edm, …)")
     if density is discrete:
         raise ValueError("this policy was trained at a few noise times only (regression, MIP), so it says nothing about the noise levels between them "

@@ -21,6 +21,7 @@ from scripts import common
 from scripts.likelihood_page import write_page
 
 AT_ONCE = 64  # windows
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def likelihood(cfg: DictConfig, folder: Path, out: Path) -> dict[str, Any]:
@@ -67,9 +68,10 @@ def spread(whole: list[Tensor], n: int, name: str, horizon: int) -> tuple[Tensor
         raise ValueError(f"no episode of those {name} is as long as a plan, {horizon} steps: hold out more (data.val_ratio) or longer ones")
     usable = [usable[i * len(usable) // min(n, len(usable))] for i in range(min(n, len(usable)))]
     parts, episodes = [], []
-    for i in usable:
+    for j, i in enumerate(usable):
         k = min(len(whole[i]), math.ceil(n / len(usable)))
-        parts.append(whole[i][(torch.arange(k) * len(whole[i])) // k])
+        offset = (j * GOLDEN + 0.5) % 1  # or one window each would be its episode's beginning
+        parts.append(whole[i][((torch.arange(k) + offset) * len(whole[i]) / k).long()])
         episodes += [i] * k
     return torch.cat(parts), episodes
 

@@ -26,7 +26,7 @@ def write_page(folder: Path, found: dict[str, Any]) -> Path:
 def _spread(found: dict[str, Any]) -> str:
     values = {name: np.asarray(split["exact"]["per_window"]) for name, split in found["splits"].items()}
     lo, hi = padded(np.quantile(np.concatenate(list(values.values())), [0.005, 0.995]).tolist())
-    edges = np.linspace(lo, hi, 31)
+    edges = np.linspace(lo, hi, 21)
     series = []
     for name, x in values.items():
         share = np.histogram(np.clip(x, edges[0], edges[-1]), edges)[0] / len(x)
@@ -47,7 +47,7 @@ def _ends(value: dict[str, Any]) -> tuple[float, float]:
 
 
 def _cell(value: float, ci: list[float] | None, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" + (f"<small>{ci[0]:.{digits}f} – {ci[1]:.{digits}f}</small>" if ci else "")
+    return f"{value:.{digits}f}" + (f" <small>{ci[0]:.{digits}f} – {ci[1]:.{digits}f}</small>" if ci else "")
 
 
 def _nats(found: dict[str, Any]) -> str:
@@ -56,13 +56,13 @@ def _nats(found: dict[str, Any]) -> str:
     for kind, words in (("exact", "-log p by the probability-flow ODE"), ("bound", "variational bound on it")):
         for plus, where in ((0.0, "normalised actions"), (add, f"actions in {unit or 'the units of the data'}")):
             cells = "".join(f"<td>{_cell(s[kind]['mean'] + plus, [v + plus for v in s[kind]['ci']] if s[kind]['ci'] else None)}</td>" for s in splits.values())
-            rows += f"<tr><th>{words}<small>{escape(where)}</small></th>{cells}</tr>"
+            rows += f"<tr><th>{words} <small>{escape(where)}</small></th>{cells}</tr>"
     totals = "".join(f"<td>{s['exact']['mean'] * found['dims']:.1f}</td>" for s in splits.values())
-    heads = "".join(f"<th>{escape(name)}<small>{counted(s['windows'], 'window')}, {counted(s['episodes'], 'episode')}</small></th>"
+    heads = "".join(f"<th>{escape(name)} <small>{counted(s['windows'], 'window')}, {counted(s['episodes'], 'episode')}</small></th>"
                     for name, s in splits.items())
     how = "exact trace" if found["trace"] == "exact" else f"{counted(found['trace'], 'random probe')} for the trace"
     return (f'<h2>Nats per dimension, lower is likelier</h2><div class="card wide"><table><tr><th></th>{heads}</tr>{rows}'
-            f"<tr><th>-log p of a whole plan<small>nats, normalised actions</small></th>{totals}</tr></table></div>"
+            f"<tr><th>-log p of a whole plan <small>nats, normalised actions</small></th>{totals}</tr></table></div>"
             f'<p class="soft">Of actions with noise of the floor, which bounds the -log p of the actions themselves from above. {how}; '
             f"95 % intervals resample episodes, optimistic where there are few. "
             "The bound is that of stochastic sampling with all noise levels (on a table, all its entries): loose where a table is coarse, and a poor network's "

@@ -45,8 +45,10 @@ def test_what_has_no_likelihood_says_why(shell, run):  # noqa: F811
 def test_windows_are_spread_over_episodes():
     whole = [torch.arange(0, 10), torch.arange(0), torch.arange(20, 23), torch.arange(30, 50)]
     index, episodes = spread(whole, 12, "held out", 16)
-    assert index.tolist() == [0, 2, 5, 7, 20, 21, 22, 30, 35, 40, 45] and episodes == [0] * 4 + [2] * 3 + [3] * 4
+    assert episodes == [0] * 4 + [2] * 3 + [3] * 4 and index.tolist() == [1, 3, 6, 8, 20, 21, 22, 33, 38, 43, 48]
     assert spread(whole, 2, "held out", 16)[1] == [0, 2]
+    where = spread([torch.arange(1000)] * 50, 50, "training", 16)[0]
+    assert np.histogram(where, 5, (0, 1000))[0].tolist() == pytest.approx([10] * 5, abs=1)  # one each, yet from beginnings to ends
     with pytest.raises(ValueError, match="as long as a plan, 16 steps"):
         spread([torch.arange(0)], 5, "held out", 16)
 

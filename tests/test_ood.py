@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from policy.diffusion.likelihood import log_density
-from policy.diffusion.objective import consistency, denoising, denoising_loss, discrete, endpoint, uniform
+from policy.diffusion.objective import consistency, denoising, denoising_loss, discrete, uniform
 from policy.ood import KINDS, auroc, auroc_interval, mixed, noisy, ood_score, refuse, shifted
 from tests.helpers import CONFIG, make_data, make_planner, make_store
 
@@ -126,7 +126,7 @@ def test_perturbations_are_what_they_say(data, planner):
 
 
 def test_policies_without_a_likelihood_are_refused(data):
-    for objective, why in ((functools.partial(consistency, huber=0.1), "consistency"), (consistency, "consistency"), (endpoint, "distilled"),
+    for objective, why in ((functools.partial(consistency, huber=0.1), "consistency"), (consistency, "consistency"),
                            (functools.partial(denoising, density=functools.partial(discrete, taus=[1.0])), "noise times")):
         planner = make_planner(data)
         planner.objective = objective
