@@ -144,7 +144,11 @@ class Table(Path):
     def named(cls, schedule: str = "squaredcos_cap_v2", steps: int = 100) -> "Table":
         from diffusers import DDPMScheduler
         scheduler: Any = DDPMScheduler(num_train_timesteps=steps, beta_schedule=schedule)
-        return cls(tuple(scheduler.alphas_cumprod.tolist()))
+        bar = scheduler.alphas_cumprod.tolist()
+        if bar[-1] > 0.05:  # diffusers' own worst at 1000 steps is .007
+            raise ValueError(f"{steps} steps of {schedule!r} end at alpha = {bar[-1] ** 0.5:.2f}, where the data still show, but plans start from pure noise: "
+                             "use schedule.steps=1000, or schedule.schedule=squaredcos_cap_v2, which fits any number")
+        return cls(tuple(bar))
 
     def _bar(self, tau: Tensor) -> Tensor:
         bar = torch.tensor((1.0, *self.alphas_cumprod), dtype=tau.dtype, device=tau.device)

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from policy.diffusion.from_diffusers import compile_scheduler, scheduler
-from policy.diffusion.path import VE, Cosine, grid
-from policy.diffusion.samplers import dpmpp_2m, transition
-from tests.diffusion.exact import MEAN, PATHS, STD, gaussian, start
+from policy.diffusion.path import VE, Cosine, Table, grid
+from policy.diffusion.samplers import dpmpp_2m, first_order, heun, transition
+from tests.diffusion.exact import MEAN, PATHS, STD, gaussian, mixture, start
 
 
 @pytest.mark.parametrize("i", [99, 57, 1])
@@ -121,3 +121,38 @@ def test_noise_is_diffusers_add_noise():
     x0, eps, i = torch.randn(4, 8, 3), torch.randn(4, 8, 3), torch.tensor([0, 20, 60, 99])
     theirs = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2").add_noise(x0, eps, i)
     torch.testing.assert_close(PATHS["table"].noise(x0, eps, (i + 1) / 100), theirs)
+
+
+@pytest.mark.parametrize(("name", "path", "ours"), [
+    ("DDIM", "cosine", first_order), ("EulerDiscrete", "cosine", first_order), ("EulerDiscrete", "vp", first_order), ("EDMEuler", "ve", first_order),
+    ("FlowMatchEulerDiscrete", "linear", first_order), ("HeunDiscrete", "cosine", heun), ("HeunDiscrete", "vp", heun)])
+def test_our_samplers_are_diffusers_on_the_same_times(name, path, ours):
+    """With a network that is not linear: DDIM, Euler, EDM's Euler and flow matching are one function, Heun another, on every path."""
+    torch.manual_seed(0)
+    along = PATHS[path]
+    denoise = mixture(along)
+    x = along.start_std() * torch.randn(200, 1, 1, dtype=torch.float64)
+    theirs = scheduler(name)(denoise, along, x, grid(along, 20))
+    taus = sorted(set(compile_scheduler(name, along, 20).taus), reverse=True)
+    x = x / along.start_std() if name.startswith("Flow") else x  # it starts at tau = 1
+    ours_x = ours(denoise, along, x, [*taus, 0.0])
+    assert (ours_x - theirs).abs().max() < 2e-3, (ours_x - theirs).abs().max()
+    wrong = heun if ours is first_order else first_order
+    assert not (wrong(denoise, along, x, [*taus, 0.0]) - theirs).abs().max() < 1e-2  # and not the other order
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+def test_a_table_is_any_schedule_of_diffusers(name):
+    from diffusers import DDPMScheduler
+    path = Table.named(name, 1000)
+    want = DDPMScheduler(num_train_timesteps=1000, beta_schedule=name).alphas_cumprod.double()
+    torch.testing.assert_close(path.alpha(torch.arange(1, 1001, dtype=torch.float64) / 1000) ** 2, want, rtol=1e-6, atol=0)
+    torch.manual_seed(0)
+    x = first_order(gaussian(path), path, start(path, 20_000), grid(path, 200))
+    assert abs(x.mean() - MEAN) < 0.01 and abs(x.std() - STD) < 0.01
+
+
+def test_a_schedule_that_does_not_reach_noise_is_refused():
+    """Plans start from pure noise, which 100 steps of the linear schedule never see: alpha is .6 there."""
+    with pytest.raises(ValueError, match="steps=1000"):
+        Table.named("linear", 100)
