@@ -70,7 +70,7 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
         raise FileNotFoundError(f"{folder} is not a training run: it has no config.yaml")
     saved = OmegaConf.load(path)
     now = overrides()
-    both = compose(name := HydraConfig.get().job.config_name, [*remembered(_trained_with(folder), now), *now])  # so that sampler.steps=4 keeps the sampler the run was trained with
+    both = compose(name := HydraConfig.get().job.config_name, [*remembered(_trained_with(folder), now), *now])  # sampler.steps=4 keeps the trained sampler
     touched = {key_of(o) for o in now} - {"run", "resume"}
     if name == "eval" and (learned := sorted(touched & {*PLANNER, *LEARNED} - {"sampler"})):
         raise ValueError(f"{', '.join(learned)} cannot change after training; train a new run with it. What can: env, sampler, guide, control")
@@ -138,7 +138,7 @@ def check_settings(cfg: DictConfig) -> None:
     now, then = plain(cfg.env), Store.open(cfg.data.path).attrs.get("env") or {}
     other = [k for k in then.keys() & now.keys() if then[k] != now[k] and k not in NOT_RECORDED]
     if then.get("_target_") == now.get("_target_") and other:
-        of, here = (", ".join(f"env.{k}={node[k]}" for k in sorted(other)) for node in (then, now))
+        of, here = (", ".join(f"env.{k}={node[k]}".replace("=True", "=true").replace("=False", "=false") for k in sorted(other)) for node in (then, now))
         raise ValueError(f"{cfg.data.path} was recorded with {of}, and this is training for {here}: say {of}, or record others with dipole collect {here}")
 
 
