@@ -38,7 +38,8 @@ class Side:
 
     def env(self) -> dict[str, Any]:
         """What it is, or is to be, evaluated in."""
-        if (cfg := self.cfg) is None:
+        cfg: Any = self.cfg
+        if cfg is None:
             assert self.at
             cfg = OmegaConf.load(self.at / "config.yaml")
         return {k: v for k, v in settings(cfg)["env"].items() if k not in NOT_PHYSICS}
