@@ -98,5 +98,5 @@ def evaluated(folder: Path) -> Planner:
     """The planner of an evaluation, with the sampler it was evaluated with."""
     about, cfg = suite.read(folder / "metrics.json") or {}, OmegaConf.load(folder / "config.yaml")
     planner, _ = checkpoint.load(about["run"], about["checkpoint"])
-    planner.set_sampler(**checkpoint.sampling(common.plain(cfg.sampler)))  # type: ignore[union-attr]
+    planner.set_sampler(**checkpoint.sampling(common.plain(cfg.sampler)))
     return planner

@@ -108,6 +108,7 @@ def main() -> None:
         print(f"dipole: no verb {verb!r}. {hint} `dipole --help` explains them.", file=sys.stderr)
         raise SystemExit(2)
     sys.argv = [f"dipole {verb}", *words_to_overrides(rest)]
+    sys.path.append(str(Path.cwd()))  # last, so that it hides nothing: modules of one's own that trust=[…] names
     try:
         module = importlib.import_module(f"scripts.{verb}")
     except ModuleNotFoundError as error:

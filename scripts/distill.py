@@ -24,10 +24,11 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if (folder / "checkpoints").exists():
         raise FileExistsError(f"{folder} already holds a run. Go on with it: dipole train run={folder} resume=true; or choose another out=…")
     said = {common.key_of(o) for o in common.overrides()}
-    taught = {k: v for k, v in OmegaConf.load(teacher / "config.yaml").items() if k not in OWN}
+    taught: dict[str, Any] = {str(k): v for k, v in OmegaConf.load(teacher / "config.yaml").items() if k not in OWN}
     if wrong := sorted(said - {*OWN, "data", "env", "control"}):
         raise ValueError(f"{', '.join(wrong)} cannot differ from the teacher's; what can: {', '.join(k for k in OWN if k != 'teacher')}, data, env, control")
-    merged = OmegaConf.create({**cfg, **taught, **{k: cfg[k] for k in said & {"env", "control"}}})
+    asked: dict[str, Any] = {k: cfg[k] for k in said & {"env", "control"}}
+    merged = OmegaConf.create({**cfg, **taught, **asked})
     if "data" in said:
         merged.data = OmegaConf.merge(merged.data, OmegaConf.from_dotlist([o for o in common.overrides() if o.startswith("data.")]).data)
     merged.teacher, merged.teacher_checkpoint, merged.run, merged.resume = str(teacher), cfg.checkpoint, str(folder), False
