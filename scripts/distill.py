@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if wrong := sorted(said - {*OWN, "data", "env", "control"}):
         raise ValueError(f"{', '.join(wrong)} cannot differ from the teacher's; what can: {', '.join(k for k in OWN if k != 'teacher')}, data, env, control")
     asked: dict[str, Any] = {k: cfg[k] for k in said & {"env", "control"}}
-    merged = OmegaConf.create({**cfg, **taught, **asked})
+    merged = OmegaConf.create({**{str(k): v for k, v in cfg.items()}, **taught, **asked})
     if "data" in said:
         merged.data = OmegaConf.merge(merged.data, OmegaConf.from_dotlist([o for o in common.overrides() if o.startswith("data.")]).data)
     merged.teacher, merged.teacher_checkpoint, merged.run, merged.resume = str(teacher), cfg.checkpoint, str(folder), False
