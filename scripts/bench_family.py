@@ -24,7 +24,7 @@ show, headline = family_page.show, family_page.headline
 def measure(cfg: DictConfig) -> Facts:
     """Fill the table as far as it is not filled yet, and return it."""
     family, folder = cfg.family, Path(cfg.run) / "family"
-    rows = {name: {"cpu_s": family.cpu_s, "data": family.data, **filled(row, list(family.train))} for name, row in common.plain(family.rows).items()}
+    rows = {name: {"cpu_s": family.cpu_s, "data": family.data, **filled(row, family)} for name, row in common.plain(family.rows).items()}
     told = OmegaConf.merge(cfg, {"rows": None})
     told.rows = rows
     assert isinstance(told, DictConfig)
@@ -40,13 +40,13 @@ def measure(cfg: DictConfig) -> Facts:
     return known(found, folder, cfg)
 
 
-def filled(row: Facts, train: list[str]) -> Facts:
+def filled(row: Facts, family: DictConfig) -> Facts:
     """A row of conf/family.yaml as one of the suite."""
-    row = dict(row)
+    row = {**row, "eval": [*family.eval, *row.get("eval", [])]}
     if row.pop("likelihood", False):
-        row["after"] = [["eval", "do=likelihood"]]
+        row["after"] = [list(family.likelihood)]
     if "of" not in row and "teacher" not in row:
-        row["train"] = [*train, *row.get("train", [])]
+        row["train"] = [*family.train, *row.get("train", [])]
     return row
 
 
