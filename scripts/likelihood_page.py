@@ -77,4 +77,5 @@ def _ood(found: dict[str, Any]) -> str:
     return (f'<h2>Strange observations</h2><div class="card wide"><table><tr><th></th>{"".join(f"<th>{n}</th>" for n in NAMES.values())}</tr>{rows}'
             f"<tr><th>mean</th>{means}</tr></table></div>"
             f'<p class="soft">AUROC: how often a perturbed observation scores higher than a held-out one ({counted(ood["windows"], "window")} of '
-            f'{counted(ood["episodes"], "episode")}), 0.5 by chance. Better on average: {escape(NAMES[ood["better"]])}.</p>')
+            f'{counted(ood["episodes"], "episode")}), 0.5 by chance. Windows of one '
+            'episode resemble each other: with few episodes the intervals are wide, and a difference of the two scores within them says nothing.</p>')

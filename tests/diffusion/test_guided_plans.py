@@ -210,6 +210,9 @@ def test_a_value_that_is_nan_is_named_and_a_lost_plan_is_not(planner):
     for guide in (BestOf(2, smooth), functools.partial(tilt, value=smooth)):
         planner.set_guides([guide])
         assert planner.plan(obs).isfinite().flatten(1).all(1).tolist() == [True, False]
+    planner.set_guides([BestOf(3, smooth)])
+    lost = iter([torch.full((2, 8, 2), torch.nan), torch.randn(2, 8, 2)])  # one candidate's noise
+    assert planner.plan({"x": torch.full((2, 2, 3), 5.0)}, draw=lambda x: next(lost)).isfinite().all()
 
 
 def test_impossible_combinations_are_refused(data):

@@ -68,7 +68,7 @@ def test_a_tilt_is_bounded_from_end_to_end_whatever_the_network(path, target, dt
     for end in (0.0, 1e-3, 0.5, p.tau_max, 1.0):
         x, tau = torch.randn(3, 8, 2).to(dtype), torch.full((3,), end, dtype=dtype)
         for scale in (1e-6, 1.0, 1e6):
-            guided = tilt(denoiser, Frame(p, {}, lambda x: x, lambda x: x), value=lambda a, o: -a.square().sum((1, 2)), scale=scale)(x, tau, None)
+            guided = tilt(denoiser, Frame(p, {}, lambda x: x, lambda x: x), value=lambda a, o: a.sum((1, 2)), scale=scale)(x, tau, None)
             assert guided.dtype == dtype and guided.isfinite().all()
             with torch.no_grad():
                 plain = denoiser(x, tau)
