@@ -33,13 +33,19 @@ def test_numbers_are_written_step_by_step():
         torch.testing.assert_close(net(x, tau, cond) - y, (torch.arange(18.0) * 100).reshape(6, 3).expand(2, 6, 3), rtol=1e-4, atol=1e-3)
 
 
-def test_without_layers_it_is_linear_around_one_activation():
-    """write(act(norm(read(chunk, condition)))), written out."""
-    net = make(layers=0)
+def test_it_is_the_formula_written_out():
+    """read, then a skip around two layers whose normalised input is scaled and shifted by noise time and condition, then norm and write."""
+    net = make(layers=1)
     x, tau, cond = inputs()
-    h = torch.cat([x.flatten(1), cond.flat], -1) @ net.read.weight.T + net.read.bias
-    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * net.norm.weight + net.norm.bias
-    want = (h * h.sigmoid()) @ net.write.weight.T + net.write.bias
+    block, silu = net.blocks[0], torch.nn.functional.silu
+
+    def norm(h):
+        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+    h = net.read(torch.cat([x.flatten(1), cond.flat], -1))
+    scale, shift = block.film(silu(torch.cat([net.time(tau), cond.flat], -1))).chunk(2, -1)
+    h = h + block.mlp[2](silu(block.mlp[0](norm(h) * (1 + scale) + shift)))
+    want = net.write(silu(norm(h) * net.norm.weight + net.norm.bias))
     torch.testing.assert_close(net(x, tau, cond), want.reshape(2, 6, 3), rtol=1e-5, atol=1e-5)
 
 
