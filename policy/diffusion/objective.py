@@ -97,9 +97,9 @@ def consistency(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progre
     """Neighbouring times must jump to the same data: pseudo-Huber distance of the denoiser's answers at two of them.
 
     Without a teacher the less noisy neighbour shares the noise (consistency training), with one it is the end of a Heun step of the teacher
-    (consistency distillation). The distance is divided by that of the times (with all alike, a
-    distilled Push-T policy fell from .76 to .68). The less noisy answer is a constant of the optimisation. Levels are Karras-spaced between path.ends(); their
-    number doubles from `levels` to `most` over training; which are drawn follows `density` (paper: lognormal, mean -1.1, std 2).
+    (consistency distillation). The less noisy answer is a constant of the optimisation. The distance is divided by that of the noise levels: with
+    all alike a distilled Push-T policy fell from .76 to .68. Levels are Karras-spaced between path.ends(); their number doubles from `levels` to
+    `most` over training; which are drawn follows `density` (paper: lognormal, mean -1.1, std 2).
     least: weight that a pair has at least, so that the first jump from noise is learned too.   huber: errors below it count squared, above it
     linearly (normalised units).   Source: Song 2023 (consistency models, improved techniques).
     """
