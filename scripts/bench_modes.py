@@ -3,6 +3,7 @@
 Every row is trained on the same demonstrations, of which half pass left; then plans are drawn where the cube has just been lifted and nothing yet
 says which way. The picture shows them being denoised.
 """
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def measure(cfg: DictConfig) -> Facts:
         each = [sides(plans_at(planner, obs, modes.plans // modes.scenes), obs) for obs in scenes]
         left, right, through = (int(sum(s[i] for s in each)) for i in range(3))
         row |= {"left": left, "right": right, "through": through, "scenes": [list(s) for s in each]}
-        drawn[name] = chain(planner, scenes[0], 60)
+        if name in modes.drawn:
+            drawn[name] = chain(planner, scenes[0], 60)
     suite.note(folder / "modes.json", found)
     picture(folder / "denoising.png", drawn, scenes[0])
     return found
@@ -89,7 +91,7 @@ def sides(plans: np.ndarray, obs: dict[str, torch.Tensor]) -> tuple[int, int, in
 
 @torch.inference_mode()
 def chain(planner: Planner, obs: dict[str, torch.Tensor], n: int) -> list[tuple[float, np.ndarray]]:
-    """(tau, plans (n,t,2) [m]) at every network call and at the end; noisy ones scaled to unit variance."""
+    """(sigma / alpha, plans (n,t,2) [m]) at every network call and at the end; noisy ones scaled to unit variance."""
     seen: list[tuple[float, torch.Tensor]] = []
     torch.manual_seed(1)
     inner, path = planner.denoiser, planner.denoiser.path
@@ -101,7 +103,7 @@ def chain(planner: Planner, obs: dict[str, torch.Tensor], n: int) -> list[tuple[
 
         def forward(self, x: torch.Tensor, tau: torch.Tensor, cond: Cond | None) -> torch.Tensor:
             a, s = path.at(tau, x)
-            seen.append((tau[0].item(), x / (a**2 + s**2).sqrt()))
+            seen.append(((s / a.clamp_min(1e-3)).flatten()[0].item(), x / (a**2 + s**2).sqrt()))
             return inner(x, tau, cond)
 
     planner.denoiser = Spy()  # type: ignore[assignment]
@@ -109,26 +111,27 @@ def chain(planner: Planner, obs: dict[str, torch.Tensor], n: int) -> list[tuple[
         final = plans_at(planner, obs, n)
     finally:
         planner.denoiser = inner
-    decoded = [(tau, planner.normalizer.decode({"action": x})["action"].numpy()[..., :2]) for tau, x in seen]
+    decoded = [(ratio, planner.normalizer.decode({"action": x})["action"].numpy()[..., :2]) for ratio, x in seen]
     return [*decoded, (0.0, final[..., :2])]
 
 
-def picture(path: Path, drawn: dict[str, list[tuple[float, np.ndarray]]], obs: dict[str, torch.Tensor], columns: int = 5) -> None:
-    """One row for each policy, noise on the left, plans on the right."""
+def picture(path: Path, drawn: dict[str, list[tuple[float, np.ndarray]]], obs: dict[str, torch.Tensor],
+            levels: Sequence[float] = (10, 0.8, 0.3, 0.1, 0)) -> None:
+    """One row for each policy, noise on the left, plans on the right: the calls nearest to these ratios of sigma to alpha."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     pillar, goal, cube = (obs[k][0, -1].numpy()[:2] for k in ("pillar", "goal", "cube"))
-    figure, axes = plt.subplots(len(drawn), columns, figsize=(2 * columns, 2 * len(drawn)), squeeze=False)
+    figure, axes = plt.subplots(len(drawn), len(levels), figsize=(2 * len(levels), 2.1 * len(drawn)), squeeze=False)
     for row, (name, steps) in zip(axes, drawn.items(), strict=True):
-        for ax, i in zip(row, np.linspace(0, len(steps) - 1, columns).round().astype(int), strict=True):
-            tau, plans = steps[i]
+        for ax, level in zip(row, levels, strict=True):
+            ratio, plans = min(steps, key=lambda step: abs(np.log(step[0] + 1e-3) - np.log(level + 1e-3)))
             ax.plot(*plans.transpose(2, 1, 0), color="tab:blue", alpha=0.25, lw=0.7)
             ax.add_patch(plt.Circle(pillar, PILLAR, color="0.4", zorder=3))  # type: ignore[arg-type]
             ax.plot(*cube, "s", color="tab:orange", ms=5)
             ax.plot(*goal, "o", color="tab:green", ms=6)
             ax.set(xlim=(-0.25, 0.25), ylim=(-0.25, 0.25), xticks=[], yticks=[], aspect="equal")
-            ax.set_title(f"τ = {tau:.2f}", fontsize=8, color="0.4")
+            ax.set_title("plan" if ratio == 0 else "noise" if ratio > 50 else f"σ/α = {ratio:.2g}", fontsize=8, color="0.4")
         row[0].set_ylabel(name)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
