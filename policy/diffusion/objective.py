@@ -93,15 +93,14 @@ def denoising_loss(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, tau
 
 
 def consistency(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progress: float = 0.0, *, teacher: Denoise | None = None, density: Density = uniform,
-                levels: int = 10, most: int = 160, least: float = 0.0, huber: float = 0.03) -> Tensor:
+                levels: int = 10, most: int = 160, huber: float = 0.03) -> Tensor:
     """Neighbouring times must jump to the same data: pseudo-Huber distance of the denoiser's answers at two of them.
 
     Without a teacher the less noisy neighbour shares the noise (consistency training), with one it is the end of a Heun step of the teacher
     (consistency distillation). The less noisy answer is a constant of the optimisation. The distance is divided by that of the noise levels: with
     all alike a distilled Push-T policy fell from .76 to .68. Levels are Karras-spaced between path.ends(); their number doubles from `levels` to
     `most` over training; which are drawn follows `density` (paper: lognormal, mean -1.1, std 2).
-    least: weight that a pair has at least, so that the first jump from noise is learned too.   huber: errors below it count squared, above it
-    linearly (normalised units).   Source: Song 2023 (consistency models, improved techniques).
+    huber: errors below it count squared, above it linearly (normalised units).   Source: Song 2023 (consistency models, improved techniques).
     """
     path = denoiser.path
     if denoiser.target not in ("v", "flow", "edm"):
@@ -119,5 +118,5 @@ def consistency(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progre
         y = path.noise(x0, eps, nxt) if teacher is None else trapezoid(teacher, path, x, teacher(x, tau, cond), tau, nxt, cond)
         goal = denoiser(y, nxt, cond)
     error = denoiser(x, tau, cond) - goal
-    weight = (1 / (far - near)).clamp_min(least).to(x0.dtype)[:, None, None]
+    weight = (1 / (far - near)).to(x0.dtype)[:, None, None]
     return weight * (torch.sqrt(error**2 + huber**2) - huber)
