@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from policy.diffusion.samplers import Draw
 from policy.train import checkpoint
 from policy.types import Obs, Spec
 from scripts import common
@@ -35,7 +36,7 @@ class Simulating:
     def parameters(self) -> Iterator[torch.Tensor]:
         yield torch.zeros(0)  # on the CPU
 
-    def plan(self, obs: Obs, *, noise: torch.Tensor) -> torch.Tensor:
+    def plan(self, obs: Obs, *, noise: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
         """obs {key: (b, 1, *shape)} -> actions (b, horizon, 2); the noise (b, horizon, 2) of a row seeds what the row draws."""
         state, velocity = (obs[key][:, -1].double().numpy() for key in ("state", "velocity"))
         rngs = [np.random.default_rng(row.numpy().view(np.uint32).ravel()) for row in noise.float()]
