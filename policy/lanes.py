@@ -18,8 +18,8 @@ def evaluate_in_lanes(lanes: Sequence[Lane], episodes: int, seed: int, *, task: 
                       on_progress: Callable[[int], None] = lambda done: None) -> Report:
     """`evaluate` of the same episodes, each lane playing its share of the seeds at once. Lanes may share a planner, nothing else.
 
-    The report is as evaluate's, but for env_s and plan_s, which are sums over lanes that ran at the same time. Give torch one thread. With
-    a stochastic sampler the draws depend on which lane comes first. ValueError as evaluate's, and for until evaluate's, with more than one lane.
+    The report is as evaluate's, but for env_s and plan_s, which are sums over lanes that ran at the same time. Give torch one thread.
+    ValueError as evaluate's, and for until evaluate's, with more than one lane.
     """
     if len(lanes) == 1:
         return evaluate(*lanes[0], episodes, seed, task=task, until=until, on_progress=on_progress)

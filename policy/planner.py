@@ -48,14 +48,15 @@ class Planner(nn.Module):
             raise ValueError(f"temperature={temperature!r} must be a number from 0")
         noisy = "draw" in inspect.signature(sampler).parameters
         trial = torch.zeros(1, self.spec.horizon, 1)
-        called: list[float] = []
+        calls = 0
 
         def count(x: Tensor, tau: Tensor, cond: Cond | None) -> Tensor:
-            called.append(tau[0].item())
+            nonlocal calls
+            calls += 1
             return x
 
         sampler(count, path, trial, taus, None, **({"draw": torch.zeros_like} if noisy else {}))  # a misfit shows now, not on the robot
-        self.sampler, self.taus, self.temperature, self.noisy, self.calls = sampler, taus, temperature, noisy, len(called)
+        self.sampler, self.taus, self.temperature, self.noisy, self.calls = sampler, taus, temperature, noisy, calls
 
     def _try_objective(self) -> None:
         """ValueError when the objective cannot train this denoiser: now, on a network that knows nothing, not after the data is loaded."""
@@ -111,10 +112,6 @@ class Planner(nn.Module):
             if tuple(obs[key].shape[1:]) != (self.spec.t_obs, *size):
                 raise ValueError(f"observation {key!r} must be (b, {self.spec.t_obs}, {', '.join(map(str, size))}), got {tuple(obs[key].shape)}")
         return self.encoder(self.normalizer.encode({k: obs[k] for k in self.spec.obs}))
-
-    def guided(self, obs: Obs) -> Denoise:
-        """The denoiser inside all guides, for plans that answer obs."""
-        return self._wrap(self.guides, self.denoiser, self.frame(obs))
 
     def _wrap(self, guides: Sequence[Guide | BestOf], denoise: Denoise, frame: Frame) -> Denoise:
         for guide in guides:

@@ -26,7 +26,7 @@ def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int
     Copies with `step_chunk` (envs.vector.ChunkEnv) take whole chunks; any other VectorEnv is stepped, and raises what a copy raises.
     Finished copies leave the batch. So does a copy whose info["error"] says so, or whose observation, reward or plan is not finite: its
     episode has an error and is no success. Success is what info says at any step, else a termination, be it
-    in the last step that time allows. Episode i is the same whatever the number of copies, for a deterministic sampler. ValueError when
+    in the last step that time allows. Episode i is the same whatever the number of copies, also for samplers that draw. ValueError when
     two seeds start the same episode, NotFinite when not one of the first plans is finite.
     """
     cpu = time.process_time()

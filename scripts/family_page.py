@@ -8,9 +8,8 @@ from urllib.parse import quote
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from policy.page import STYLE
 from policy.train.log import console
-from scripts.suite_page import MORE, why_not
+from scripts.suite_page import document, why_not
 
 Facts = dict[str, Any]
 HEAD = ("row", "backbone", "training, CPU-s", "score over distinct seeds, 95 %", "difference to the first, paired", "network calls", "one plan, ms",
@@ -67,11 +66,8 @@ def markdown(rows: Facts) -> str:
 
 
 def page(rows: Facts) -> str:
-    body = "".join(line(r) for r in rows.values())
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>formalisms · dipole</title><meta name="viewport" '
-            f'content="width=device-width,initial-scale=1"><style>{STYLE}{MORE}</style></head>\n<body><main><h1>One algebra, every formalism</h1>'
-            '<p class="soft">Score over distinct seeds with its 95 % interval; the mark leads to the evaluation.</p><div class="card"><table><tr>'
-            + "".join(f"<th>{escape(h)}</th>" for h in ("row", "score", "", *HEAD[4:])) + f"</tr>{body}</table></div></main></body></html>\n")
+    said = "Score over distinct seeds with its 95 % interval; the mark leads to the evaluation."
+    return document("formalisms", "One algebra, every formalism", said, ("row", "score", "", *HEAD[4:]), "".join(line(r) for r in rows.values()))
 
 
 def line(r: Facts) -> str:

@@ -2,6 +2,7 @@
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,17 @@ def markdown(rows: Facts) -> str:
 
 
 def page(rows: Facts) -> str:
-    body = "".join(line(r) for r in rows.values())
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>suite · dipole</title><meta name="viewport" '
-            f'content="width=device-width,initial-scale=1"><style>{STYLE}{MORE}</style></head>\n<body><main><h1>Suite</h1>'
-            '<p class="soft">Success over distinct seeds; the band is the 95 % interval of the mean over training seeds, a mark is one training '
-            'and leads to its report.</p><div class="card"><table><tr><th>task</th><th>success</th><th></th><th>training, CPU-s</th><th>recipe</th></tr>'
-            f"{body}</table></div></main></body></html>\n")
+    said = ("Success over distinct seeds; the band is the 95 % interval of the mean over training seeds, a mark is one training "
+            "and leads to its report.")
+    return document("suite", "Suite", said, ("task", "success", "", "training, CPU-s", "recipe"), "".join(line(r) for r in rows.values()))
+
+
+def document(title: str, heading: str, said: str, columns: Sequence[str], body: str) -> str:
+    """A page that is one table; body: its rows as html."""
+    head = "".join(f"<th>{escape(c)}</th>" for c in columns)
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title} · dipole</title><meta name="viewport" '
+            f'content="width=device-width,initial-scale=1"><style>{STYLE}{MORE}</style></head>\n<body><main><h1>{heading}</h1>'
+            f'<p class="soft">{said}</p><div class="card"><table><tr>{head}</tr>{body}</table></div></main></body></html>\n')
 
 
 def line(r: Facts) -> str:

@@ -1,10 +1,13 @@
 """The controller: history, queue and noise belong to each row alone."""
+import functools
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from policy.control import Controller, NotFinite
+from policy.diffusion.samplers import first_order
 from policy.types import Spec
 from tests.helpers import make_data, make_planner, make_store
 
@@ -255,3 +258,17 @@ def test_a_plan_that_is_not_finite_is_refused(planner, bad):
         controller.act({"x": np.array([[1.0, 2, 3], [1, bad, 3]])})
     actions = sound.act({"x": np.array([[1.0, 2, 3], [1, 2, 3]])})
     assert refused.value.rows == [1] and np.array_equal(refused.value.chunk[0, 0], actions[0]) and not refused.value.chunk[1].any()
+
+
+def test_what_a_drawing_sampler_plans_for_a_row_depends_on_that_row_alone(planner):
+    """DDPM for three robots, and for the last of them alone, with the global generator left alone."""
+    planner.set_sampler(functools.partial(first_order, eta=1.0), 5)
+    seen = {"x": np.random.default_rng(0).normal(5, 1, (3, 1, 3)).astype(np.float32)}
+    state, plans = torch.random.get_rng_state(), []
+    for rows in ([0, 1, 2], [2]):
+        controller = Controller(planner, execute=4)
+        controller.reset(seeds=rows)
+        controller.observe({"x": seen["x"][rows]})
+        plans.append(controller.plan())
+    np.testing.assert_allclose(plans[0][2], plans[1][0], rtol=1e-5, atol=1e-5)
+    assert np.abs(plans[0][1] - plans[0][2]).max() > 1e-3 and torch.equal(torch.random.get_rng_state(), state)
