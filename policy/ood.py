@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from policy.diffusion.likelihood import levels, log_density
-from policy.diffusion.objective import consistency, denoising_loss, discrete
+from policy.diffusion.objective import consistency, denoising_loss, discrete, distillation
 from policy.planner import Planner
 from policy.types import Obs
 
@@ -19,7 +19,7 @@ def refuse(planner: Planner) -> None:
     """ValueError when the planner's network was not trained to denoise at every noise level: it then defines no density."""
     objective, options = _inside(planner.objective)
     density, _ = _inside(options.get("density"))
-    if objective is consistency:
+    if objective in (consistency, distillation):
         raise ValueError("a consistency model jumps to data and does not estimate their mean, so it has no likelihood: evaluate its teacher, "
                          "or a formalism that denoises (ddpm, flow, edm, …)")
     if density is discrete:

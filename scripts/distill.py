@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     for key in ("out", "checkpoint"):
         merged.pop(key)
     own = [o for o in common.overrides() if common.key_of(o) not in ("out", "checkpoint", "data", "train")]
-    return train(merged, folder, ["objective=consistency", "density=uniform", "sampler=consistency", f"sampler.steps={cfg.sampler.steps}", *own])
+    return train(merged, folder, ["objective=distillation", "density=uniform", "sampler=consistency", f"sampler.steps={cfg.sampler.steps}", *own])
 
 
 if __name__ == "__main__":

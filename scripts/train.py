@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policy.data.normalize import Normalizer
 from policy.data.store import Store
-from policy.diffusion.objective import consistency
+from policy.diffusion.objective import distillation
 from policy.planner import Planner
 from policy.train import checkpoint
 from policy.train.log import Log, console, read_rows
@@ -33,6 +33,8 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
     torch.manual_seed(cfg.train.seed)  # initial weights
     config = common.planner_config(cfg)
     planner = checkpoint.build(config, spec, Normalizer.fit(data.arrays, modes), trust=list(cfg.trust)).to(device)
+    if bool(cfg.teacher) != (getattr(planner.objective, "func", None) is distillation):
+        raise ValueError("a teacher and objective=distillation belong together: dipole distill sets both")
     if cfg.teacher:
         taught_by(planner, cfg)
     settings = Settings(**{**common.plain(cfg.train), "betas": tuple(cfg.train.betas)})
@@ -62,8 +64,6 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
 def taught_by(planner: Planner, cfg: DictConfig) -> None:
     """Start from the teacher's weights and let the objective compare with it. The encoder stays as it is, so both see the same condition."""
     teacher, _ = checkpoint.load(cfg.teacher, cfg.teacher_checkpoint, device=str(checkpoint.pick_device(cfg.device)), trust=list(cfg.trust))
-    if getattr(planner.objective, "func", None) is not consistency:
-        raise ValueError("a teacher is for objective=consistency: dipole distill sets it")
     planner.load_state_dict(teacher.state_dict())
     planner.encoder.requires_grad_(False)
     planner.objective = partial(planner.objective, teacher=teacher.denoiser)

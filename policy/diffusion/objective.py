@@ -10,7 +10,7 @@ from torch import Tensor
 
 from policy.diffusion.denoiser import Denoiser
 from policy.diffusion.path import Path
-from policy.diffusion.samplers import trapezoid
+from policy.diffusion.samplers import transition
 from policy.types import Cond, Denoise
 
 Objective = Callable[..., Tensor]
@@ -92,31 +92,72 @@ def denoising_loss(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, tau
     return (denoiser.net(c_in * x, tau, cond).to(goal.dtype) - goal) ** 2
 
 
-def consistency(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progress: float = 0.0, *, teacher: Denoise | None = None, density: Density = uniform,
-                levels: int = 10, most: int = 160, huber: float = 0.03) -> Tensor:
-    """Neighbouring times must jump to the same data: pseudo-Huber distance of the denoiser's answers at two of them.
+def consistency(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progress: float = 0.0, *, density: Density = uniform, levels: int = 10,
+                most: int = 160, huber: float = 0.03) -> Tensor:
+    """Consistency training: two neighbouring times with the same noise must jump to the same data (Song 2023, improved techniques).
 
-    Without a teacher the less noisy neighbour shares the noise (consistency training), with one it is the end of a Heun step of the teacher
-    (consistency distillation). The less noisy answer is a constant of the optimisation. The distance is divided by that of the noise levels: with
-    all alike a distilled Push-T policy fell from .76 to .68. Levels are Karras-spaced between path.ends(); their number doubles from `levels` to
-    `most` over training; which are drawn follows `density` (paper: lognormal, mean -1.1, std 2).
-    huber: errors below it count squared, above it linearly (normalised units).   Source: Song 2023 (consistency models, improved techniques).
+    tau is drawn from `density`, its neighbour is tau_max / levels before it; levels double to `most` over training.   huber: as in distillation.
     """
     path = denoiser.path
+    _refuse_without_boundary(denoiser)
+    k = min(levels * 2 ** int(progress * (math.log2(most / levels) + 1)), most)
+    tau = density(len(x0), path, x0)
+    eps, near = torch.randn_like(x0), _before(path, tau, 1 / k)
+    with torch.no_grad():
+        goal = _jump(denoiser, path.noise(x0, eps, near), near, cond)
+    return _distance(denoiser, path.noise(x0, eps, tau), tau, cond, goal, huber)
+
+
+def distillation(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progress: float = 0.0, *, teacher: Denoise, density: Density = uniform,
+                 steps: int = 10, hops: int = 3, huber: float = 0.03) -> Tensor:
+    """Consistency distillation: from x the student jumps where it jumps from after `hops` of the teacher's DDIM steps, `steps` of which span the path.
+
+    The later jump is a constant of the optimisation. Answers are compared as the network gives them, at all times alike: in data the noisy end
+    would count for nothing or for all.   huber: errors below it count squared, above it linearly.   Source: Song 2023 (consistency models).
+    """
+    path = denoiser.path
+    _refuse_without_boundary(denoiser)
+    tau = density(len(x0), path, x0)
+    x = path.noise(x0, torch.randn_like(x0), tau)
+    with torch.no_grad():
+        y, t = x, tau
+        for _ in range(hops):
+            nxt = _before(path, t, 1 / steps)
+            there = (t > 0).reshape(-1, 1, 1)
+            y = torch.where(there, transition(path, y, teacher(y, _away(path, t), cond), _away(path, t), nxt)[0], y)
+            t = nxt
+        goal = _jump(denoiser, y, t, cond)
+    return _distance(denoiser, x, tau, cond, goal, huber)
+
+
+def _refuse_without_boundary(denoiser: Denoiser) -> None:
     if denoiser.target not in ("v", "flow", "edm"):
         raise ValueError(f"a consistency model needs denoiser.target=v, flow or edm, which give the data back where there is no noise; {denoiser.target} "
                          "does not, or divides by alpha at the noisy end")
-    k = min(levels * 2 ** int(progress * (math.log2(most / levels) + 1)), most)
-    lo, hi = path.ends()
-    ratios = torch.linspace(lo ** (1 / 7), hi ** (1 / 7), k + 1, dtype=torch.float64, device=x0.device) ** 7
-    i = torch.searchsorted(ratios, path.ratio(density(len(x0), path, x0.double()))).clamp(1, k)
-    near, far = ratios[i - 1], ratios[i]
-    tau, nxt = (path.tau_at(r).to(x0.dtype) for r in (far, near))
-    eps = torch.randn_like(x0)
-    x = path.noise(x0, eps, tau)
-    with torch.no_grad():
-        y = path.noise(x0, eps, nxt) if teacher is None else trapezoid(teacher, path, x, teacher(x, tau, cond), tau, nxt, cond)
-        goal = denoiser(y, nxt, cond)
-    error = denoiser(x, tau, cond) - goal
-    weight = (1 / (far - near)).to(x0.dtype)[:, None, None]
-    return weight * (torch.sqrt(error**2 + huber**2) - huber)
+
+
+def _last(path: Path) -> float:
+    """The time at which solvers go over to the data."""
+    return float(path.tau_at(torch.tensor(path.ends()[0], dtype=torch.float64)))
+
+
+def _away(path: Path, tau: Tensor) -> Tensor:
+    return tau.clamp_min(_last(path))
+
+
+def _before(path: Path, tau: Tensor, share: float) -> Tensor:
+    """The time that share of the path before tau; 0 where solvers would stop."""
+    near = tau - share * path.tau_max
+    return torch.where(near > _last(path), near, 0.0)
+
+
+def _jump(denoiser: Denoiser, x: Tensor, tau: Tensor, cond: Cond | None) -> Tensor:
+    """The denoiser's answer; x itself at tau = 0."""
+    return torch.where((tau > 0).reshape(-1, 1, 1), denoiser(x, _away(denoiser.path, tau), cond), x)
+
+
+def _distance(denoiser: Denoiser, x: Tensor, tau: Tensor, cond: Cond | None, goal: Tensor, huber: float) -> Tensor:
+    """Pseudo-Huber distance of the network's own answer from the one that would give goal."""
+    tau = _away(denoiser.path, tau)
+    error = (denoiser(x, tau, cond) - goal) / denoiser.scales(x, tau)[2]
+    return torch.sqrt(error**2 + huber**2) - huber
