@@ -159,7 +159,7 @@ class Planner(nn.Module):
             mask = torch.arange(size[1], device=noise.device)[:, None] < p
             denoise, settle = pin(denoise, known=known, mask=mask), pin(settle, known=known, mask=mask)
         options = {"draw": lambda x: self.temperature * draw(x)} if self.noisy else {}
-        start = noise * (self.temperature * self.denoiser.path.start_std())
+        start = noise * (self.temperature * self.denoiser.path.start_std(self.taus[0]))
         x = self.sampler(denoise, self.denoiser.path, start, self.taus, cond, **options)
         x = settle(x, x.new_zeros(b), cond)  # not every sampler ends on x0_hat, nor are the hard guides always outermost
         actions = self.normalizer.decode({"action": x})["action"]

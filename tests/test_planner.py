@@ -190,3 +190,19 @@ def test_observation_noise_is_for_training_only(data):
     assert not torch.equal(loss(0.5), loss(0.0))
     noisy.eval()
     assert torch.equal(loss(0.5), loss(0.0))
+
+
+def test_a_plan_that_starts_below_the_noisiest_time_starts_with_the_noise_of_that_time(planner):
+    starts = []
+
+    def spy(denoise, path, x, taus, cond=None):
+        starts.append(x)
+        return denoise(x, x.new_full((len(x),), taus[0]), cond)
+
+    planner.denoiser.path, planner.denoiser.target = VE(), "edm"
+    obs, noise = inputs()
+    for spacing in ("trailing", [0.8]):
+        planner.set_sampler(spy, 1, spacing)
+        starts.clear()
+        planner.plan(obs, noise=noise)
+        torch.testing.assert_close(starts[0], noise * (80 if spacing == "trailing" else 80 * 0.8**7))

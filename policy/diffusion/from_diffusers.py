@@ -116,7 +116,7 @@ def scheduler(name: str, **options: object) -> Sampler:
     frozen = tuple(sorted(options.items()))
 
     def sample(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], cond: Cond | None = None) -> Tensor:
-        return _walk(compile_scheduler(name, path, len(taus) - 1, frozen), denoise, x / path.start_std(), cond)
+        return _walk(compile_scheduler(name, path, len(taus) - 1, frozen), denoise, x / path.start_std(taus[0]), cond)
 
     return sample
 

@@ -56,9 +56,9 @@ class Path:
         """ratio_min and the ratio at tau_max."""
         return self.ratio_min, float(self.ratio(torch.tensor(self.tau_max, dtype=torch.float64)))
 
-    def start_std(self) -> float:
-        """Standard deviation of pure noise at tau_max; sampling starts from start_std() * N(0, 1)."""
-        return float(self.sigma(torch.tensor(self.tau_max, dtype=torch.float64)))
+    def start_std(self, tau: float | None = None) -> float:
+        """Standard deviation of the noise at tau (default tau_max); sampling from there starts with start_std(tau) * N(0, 1)."""
+        return float(self.sigma(torch.tensor(self.tau_max if tau is None else tau, dtype=torch.float64)))
 
 
 @dataclass(frozen=True)
