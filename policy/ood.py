@@ -1,14 +1,12 @@
 """How far an observation lies from the training data, as the policy itself sees it, without a demonstration; and how well that tells apart."""
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from policy.diffusion.likelihood import levels, log_density
-from policy.diffusion.objective import consistency, denoising_loss, discrete, distillation
+from policy.diffusion.objective import JUMPS, denoising_loss, discrete, inside
 from policy.planner import Planner
 from policy.types import Obs
 
@@ -17,22 +15,14 @@ KINDS = ("loss", "likelihood")
 
 def refuse(planner: Planner) -> None:
     """ValueError when the planner's network was not trained to denoise at every noise level: it then defines no density."""
-    objective, options = _inside(planner.objective)
-    density, _ = _inside(options.get("density"))
-    if objective in (consistency, distillation):
+    objective, options = inside(planner.objective)
+    density, _ = inside(options.get("density"))
+    if objective in JUMPS:
         raise ValueError("a consistency model jumps to data and does not estimate their mean, so it has no likelihood: evaluate its teacher, "
                          "or a formalism that denoises (ddpm, flow, edm, …)")
     if density is discrete:
         raise ValueError("this policy was trained at a few noise times only (regression, MIP), so it says nothing about the noise levels between them "
                          "and has no likelihood: evaluate a formalism that denoises at all (ddpm, flow, edm, …)")
-
-
-def _inside(fn: Any) -> tuple[Any, dict[str, Any]]:
-    """What a partial (of a partial …) calls, and the keywords it fixes."""
-    options: dict[str, Any] = {}
-    while isinstance(fn, functools.partial):
-        fn, options = fn.func, {**fn.keywords, **options}
-    return fn, options
 
 
 @torch.no_grad()

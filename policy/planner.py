@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from policy.data.normalize import Normalizer
 from policy.diffusion.denoiser import Denoiser
 from policy.diffusion.guides import HARD, WITHOUT_GRADIENT, BestOf, Frame, Undefined, base, cfg, pin, scores
-from policy.diffusion.objective import Objective, denoising
+from policy.diffusion.objective import JUMPS, Objective, denoising, discrete, inside
 from policy.diffusion.path import grid
-from policy.diffusion.samplers import Draw, Sampler, first_order
+from policy.diffusion.samplers import Draw, Sampler, consistency, first_order
 from policy.types import Batch, Cond, Denoise, Obs, Spec, shape
 
 Guide = Callable[[Denoise, Frame], Denoise]
@@ -31,6 +31,8 @@ class Planner(nn.Module):
                  objective: Objective = denoising, padding_loss: bool = False, obs_noise: float = 0.0, cond_drop: float = 0.0):
         super().__init__()
         self.spec, self.normalizer, self.encoder, self.denoiser, self.objective = spec, normalizer, encoder, denoiser, objective
+        if not 0 <= cond_drop < 1 or not obs_noise >= 0:
+            raise ValueError(f"cond_drop={cond_drop} must lie in [0, 1) and obs_noise={obs_noise} not be negative")
         self.padding_loss, self.obs_noise, self.cond_drop = padding_loss, obs_noise, cond_drop
         self._try_objective()
         self.set_sampler(sampler, steps, spacing, temperature)
@@ -44,19 +46,35 @@ class Planner(nn.Module):
         """
         path = self.denoiser.path
         taus = grid(path, steps, spacing)
-        if not temperature >= 0:
+        if not isinstance(temperature, int | float) or not temperature >= 0:
             raise ValueError(f"temperature={temperature!r} must be a number from 0")
         noisy = "draw" in inspect.signature(sampler).parameters
-        trial = torch.zeros(1, self.spec.horizon, 1)
-        calls = 0
+        trial = torch.ones(1, self.spec.horizon, 1)
+        visited: list[float] = []
 
-        def count(x: Tensor, tau: Tensor, cond: Cond | None) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return x
+        def visit(x: Tensor, tau: Tensor, cond: Cond | None) -> Tensor:
+            visited.append(tau[0].item())
+            return trial + 0 * x  # NaN stays NaN
 
-        sampler(count, path, trial, taus, None, **({"draw": torch.zeros_like} if noisy else {}))  # a misfit shows now, not on the robot
-        self.sampler, self.taus, self.temperature, self.noisy, self.calls = sampler, taus, temperature, noisy, calls
+        with torch.no_grad():
+            end = sampler(visit, path, trial, taus, None, **({"draw": torch.zeros_like} if noisy else {}))  # a misfit shows now, not on the robot
+        if not end.isfinite().all():
+            raise ValueError(f"the sampler gives NaN on {path} at the times {[round(t, 4) for t in taus]}: it divides by alpha, which is 0 at the first. "
+                             "Start below, at schedule.tau_max or the first of sampler.spacing")
+        self._refuse_untrained(sampler, visited)
+        self.sampler, self.taus, self.temperature, self.noisy, self.calls = sampler, taus, temperature, noisy, len(visited)
+
+    def _refuse_untrained(self, sampler: Sampler, visited: Sequence[float]) -> None:
+        """ValueError when the sampler asks the network what its objective does not teach."""
+        objective, options = inside(self.objective)
+        density, times = inside(options.get("density"))
+        if objective in JUMPS and inside(sampler)[0] is not consistency:
+            raise ValueError("this policy learned to jump to data, not to estimate their mean: only sampler=consistency plans with it; "
+                             "the others need its teacher")
+        known = list(times["taus"]) if density is discrete else []
+        if known and (unseen := sorted({round(t, 4) for t in visited if min(abs(t - k) for k in known) > 1e-4})):
+            raise ValueError(f"this policy was trained at the noise times {known} only, and the sampler asks at {unseen}: "
+                             f"use sampler=consistency sampler.spacing={known} sampler.steps={len(known)}, or another formalism")
 
     def _try_objective(self) -> None:
         """ValueError when the objective cannot train this denoiser: now, on a network that knows nothing, not after the data is loaded."""

@@ -57,7 +57,7 @@ def likelihood(cfg: DictConfig, folder: Path, out: Path) -> dict[str, Any]:
              "physical": {"unit": planner.spec.units.get("action", ""), "add_nats_per_dim": scale.double().log().mean().item()}, "ood": scored}
     common.save_json(out / "likelihood.json", found)
     page = write_page(out, found)
-    console.print(f"[bold]{line(found)}[/]\nreport: {page}", highlight=False)
+    console.print(f"[bold]{line(found)}[/]\nreport: {page}", highlight=False, soft_wrap=True)
     return {"folder": str(out), **{f"{name} {kind}": s[kind]["mean"] for name, s in splits.items() for kind in ("exact", "bound")}}
 
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policy.data.normalize import Normalizer
 from policy.data.store import Store
-from policy.diffusion.objective import distillation
+from policy.diffusion.objective import distillation, inside
 from policy.planner import Planner
 from policy.train import checkpoint
 from policy.train.log import Log, console, read_rows
@@ -33,7 +33,7 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
     torch.manual_seed(cfg.train.seed)  # initial weights
     config = common.planner_config(cfg)
     planner = checkpoint.build(config, spec, Normalizer.fit(data.arrays, modes), trust=list(cfg.trust)).to(device)
-    if bool(cfg.teacher) != (getattr(planner.objective, "func", None) is distillation):
+    if bool(cfg.teacher) != (inside(planner.objective)[0] is distillation):
         raise ValueError("a teacher and objective=distillation belong together: dipole distill sets both")
     if cfg.teacher:
         taught_by(planner, cfg)

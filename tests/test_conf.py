@@ -93,6 +93,20 @@ def test_targets_take_what_the_composed_config_gives_them(name):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("net", sorted(o.partition("/")[2] for o in OPTIONS if o.startswith("net/")))
+@pytest.mark.parametrize("recipe", sorted(o.partition("/")[2] for o in OPTIONS if o.startswith("recipe/")))
+def test_every_recipe_takes_every_net(recipe, net):
+    config = OmegaConf.to_container(composed("train", f"recipe={recipe}", f"net={net}"), resolve=False)
+    assert not [why for _, node in targets(config, "train") if "${" not in node["_target_"] and (why := wrong(node))]
+
+
+@pytest.mark.parametrize("density", ["uniform", "lognormal", "beta"])
+@pytest.mark.parametrize("formalism", ["ddpm", "vp_sde", "pf_ode", "edm", "flow", "consistency"])
+def test_every_denoising_formalism_takes_every_density(formalism, density):
+    config = OmegaConf.to_container(composed("train", f"formalism={formalism}", f"density={density}"), resolve=False)
+    assert not [why for _, node in targets(config, "train") if "${" not in node["_target_"] and (why := wrong(node))]
+
+
 @pytest.mark.parametrize("node, why", [
     ({"_target_": "policy.nets.absent.Net"}, "does not import"),
     ({"_target_": "math.hypo"}, "does not import"),

@@ -1,5 +1,6 @@
 """The planner: a pure function in physical units that refuses what it was not trained on."""
 import functools
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from policy.diffusion.denoiser import Denoiser
 from policy.diffusion.from_diffusers import scheduler
 from policy.diffusion.guides import clip
 from policy.diffusion.path import VE, VP, Cosine, Linear
-from policy.diffusion.samplers import dpmpp_2m, first_order, heun
+from policy.diffusion.samplers import dpmpp_2m, first_order, heun, langevin
 from policy.nets.lowdim import LowDim
 from policy.planner import Planner
 from policy.types import Batch, Spec
@@ -192,7 +193,8 @@ def test_observation_noise_is_for_training_only(data):
     assert torch.equal(loss(0.5), loss(0.0))
 
 
-def test_a_plan_that_starts_below_the_noisiest_time_starts_with_the_noise_of_that_time(planner):
+def test_a_plan_that_starts_below_the_noisiest_time_starts_with_the_noise_of_that_time(data):
+    planner = make_planner(data).eval().requires_grad_(False)
     starts = []
 
     def spy(denoise, path, x, taus, cond=None):
@@ -206,3 +208,47 @@ def test_a_plan_that_starts_below_the_noisiest_time_starts_with_the_noise_of_tha
         starts.clear()
         planner.plan(obs, noise=noise)
         torch.testing.assert_close(starts[0], noise * (80 if spacing == "trailing" else 80 * 0.8**7))
+
+
+def test_temperature_scales_every_noise(data):
+    """Start and draws alike."""
+    planner = make_planner(data).eval().requires_grad_(False)
+    seen = []
+
+    def spy(denoise, path, x, taus, cond=None, *, draw=torch.randn_like):
+        seen.append((x, draw(x)))
+        return denoise(x, x.new_full((len(x),), taus[0]), cond)
+
+    obs, noise = inputs()
+    for temperature in (1.0, 0.25):
+        planner.set_sampler(spy, 1, temperature=temperature)
+        seen.clear()
+        planner.plan(obs, noise=noise, draw=torch.ones_like)
+        start = planner.denoiser.path.start_std(planner.taus[0])
+        torch.testing.assert_close(seen[0][0], temperature * start * noise)
+        torch.testing.assert_close(seen[0][1], torch.full_like(noise, temperature))
+
+
+@pytest.mark.parametrize(("path", "fn", "steps", "spacing", "says"), [
+    (Linear(), heun, 2, [1.0, 0.5], "gives NaN"),
+    (Linear(), partial(langevin, rate=5), 10, "trailing", "rate=5"),
+    (Linear(), partial(langevin, repeats=0), 10, "trailing", "repeats=0"),
+    (VP(), partial(first_order, eta=3), 10, "trailing", "eta=3"),
+    (VP(), partial(first_order, eta="foo"), 10, "trailing", "eta='foo'"),
+    (VP(), first_order, 600, "leading", "use trailing"),
+    (VP(), scheduler("UniPCMultistep"), 10, "karras", "times of its own"),
+])
+def test_a_sampler_that_cannot_work_is_refused_when_it_is_chosen(data, path, fn, steps, spacing, says):
+    planner = make_planner(data)
+    planner.denoiser.path = path
+    with pytest.raises(ValueError, match=says):
+        planner.set_sampler(fn, steps, spacing)
+
+
+ODD = [VE(hi=-5), VE(hi=0.001), VE(rho=0), VE(rho=-1), VP(hi=0), VP(hi=0.2), VP(lo=-1), Cosine(tau_max=0.1), Cosine(tau_max=1.5)]
+
+
+@pytest.mark.parametrize("path", ODD, ids=repr)
+def test_a_path_that_does_not_lead_from_data_to_noise_is_refused(path):
+    with pytest.raises(ValueError, match=r"sigma / alpha|tau_max"):
+        path.check()

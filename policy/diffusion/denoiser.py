@@ -20,6 +20,9 @@ class Denoiser(nn.Module):
         super().__init__()
         if target not in TARGETS:
             raise ValueError(f"target {target!r} is unknown; use one of {', '.join(TARGETS)}")
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data={sigma_data!r} must be above 0: the standard deviation of the normalised data")
+        path.check()
         self.net, self.path, self.target, self.sigma_data = net, path, target, sigma_data
 
     def scales(self, x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:

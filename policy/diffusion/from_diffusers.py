@@ -13,7 +13,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from policy.diffusion.path import VE, Linear, Path, Table
+from policy.diffusion.path import VE, Linear, Path, Table, grid
 from policy.diffusion.samplers import Sampler
 from policy.types import Cond, Denoise
 
@@ -116,6 +116,9 @@ def scheduler(name: str, **options: object) -> Sampler:
     frozen = tuple(sorted(options.items()))
 
     def sample(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], cond: Cond | None = None) -> Tensor:
+        if list(taus) != grid(path, len(taus) - 1):
+            raise ValueError(f"{name} has times of its own, so sampler.spacing does nothing: give the scheduler an option instead, such as "
+                             "+sampler.fn.timestep_spacing=leading")
         return _walk(compile_scheduler(name, path, len(taus) - 1, frozen), denoise, x / path.start_std(taus[0]), cond)
 
     return sample

@@ -48,6 +48,9 @@ class Undefined(ValueError):
 
 def clip(denoise: Denoise, frame: Frame | None = None, *, limit: float = 1.0) -> Denoise:
     """Keep x0_hat inside [-limit, limit] (normalised units): only for min-max normalised actions, mean/std data would be cut off."""
+    if not limit > 0:
+        raise ValueError(f"clip limit={limit!r} must be above 0")
+
     def guided(x: Tensor, tau: Tensor, cond: Cond | None) -> Tensor:
         return denoise(x, tau, cond).clamp(-limit, limit)
     return guided
@@ -90,6 +93,9 @@ def tilt(denoise: Denoise, frame: Frame, *, value: Value, scale: float = 1.0, re
     elsewhere an approximation, good while the value is nearly so over the spread of the actions that one x leaves possible.
     A step costs one network call forward and one backward.   Source: Chung 2023 (DPS), Janner 2022; the step length is ours.
     """
+    if not reach > 0:
+        raise ValueError(f"tilt reach={reach!r} must be above 0")
+
     def guided(x: Tensor, tau: Tensor, cond: Cond | None) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             x, tau = x.detach().clone().requires_grad_(), tau.clone()
@@ -194,10 +200,13 @@ def within(actions: Tensor, obs: Obs, *, lower: Any = None, upper: Any = None, s
     """
     if lower is None and upper is None and step is None:
         raise ValueError("within limits nothing: set lower, upper or step, in the units of the actions")
-    actions = actions.maximum(_per_dim(lower, actions, -torch.inf)).minimum(_per_dim(upper, actions, torch.inf))
+    low, high, most = _per_dim(lower, actions, -torch.inf), _per_dim(upper, actions, torch.inf), _per_dim(step, actions, torch.inf)
+    if (low > high).any() or not (most >= 0).all():
+        raise ValueError(f"within lower={lower}, upper={upper}, step={step} allows nothing: lower must not exceed upper, and step not be negative")
+    actions = actions.maximum(low).minimum(high)
     if step is None:
         return actions
-    most, rows = _per_dim(step, actions, torch.inf), list(actions.unbind(1))
+    rows = list(actions.unbind(1))
     if start is not None:
         if start not in obs:
             raise ValueError(f"within start={start!r} is not an observation (there are {', '.join(obs)})")

@@ -2,8 +2,10 @@
 
 An objective is (denoiser, x0 (b,t,d), cond, progress) -> (b,t,d), reduced by the caller; progress in [0, 1] is how much of training is done.
 """
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ def uniform(n: int, path: Path, like: Tensor) -> Tensor:
 
 def lognormal(n: int, path: Path, like: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
     """log(sigma / alpha) normal (Karras 2022: mean -1.2, std 1.2), cut at the path's ends."""
+    _positive(std=std)
     lo, hi = path.ends()
     z = torch.special.ndtri(stratified(n, like).double().clamp(1e-6, 1 - 1e-6))
     return path.tau_at((mean + std * z).exp().clamp(lo, hi)).to(like.dtype)
@@ -39,12 +42,15 @@ def lognormal(n: int, path: Path, like: Tensor, *, mean: float = -1.2, std: floa
 
 def beta(n: int, path: Path, like: Tensor, *, a: float = 1.5, b: float = 1.0) -> Tensor:
     """tau / tau_max ~ Beta(a, b). a > b looks more at the noisy end, as pi0 does (Black 2024: Beta(1.5, 1) on the noise time)."""
+    _positive(a=a, b=b)
     tau = torch.distributions.Beta(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)).sample((n,))
     return path.snap(tau.to(like) * path.tau_max)
 
 
 def discrete(n: int, path: Path, like: Tensor, *, taus: Sequence[float]) -> Tensor:
     """One of the given times, equally often: [1] is regression, [1, 0.1] the two calls of MIP."""
+    if not len(taus) or not all(0 <= t <= 1 for t in taus):
+        raise ValueError(f"density.taus={list(taus)} must be noise times from 0 to 1, at least one")
     return like.new_tensor(list(taus))[(stratified(n, like) * len(taus)).long().clamp_max(len(taus) - 1)]
 
 
@@ -78,6 +84,9 @@ def weight_of(name: str, denoiser: Denoiser, tau: Tensor, like: Tensor, *, gamma
 def denoising(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progress: float = 0.0, *, density: Density = uniform, weight: str = "simple",
               gamma: float = 5.0) -> Tensor:
     """denoising_loss at times drawn from `density`, weighted."""
+    _positive(gamma=gamma)
+    if weight == "elbo" and getattr(density, "func", density) is not uniform:
+        raise ValueError("objective.weight=elbo is the variational bound for uniform times: use density=uniform")
     tau = density(len(x0), denoiser.path, x0)
     return weight_of(weight, denoiser, tau, x0, gamma=gamma) * denoising_loss(denoiser, x0, cond, tau)
 
@@ -99,7 +108,10 @@ def consistency(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progre
     tau is drawn from `density`, its neighbour is tau_max / levels before it; levels double to `most` over training.   huber: as in distillation.
     """
     path = denoiser.path
-    _refuse_without_boundary(denoiser)
+    _refuse_unbounded(denoiser)
+    _positive(levels=levels, huber=huber)
+    if most < levels:
+        raise ValueError(f"objective.most={most} must be at least levels={levels}")
     k = min(levels * 2 ** int(progress * (math.log2(most / levels) + 1)), most)
     tau = density(len(x0), path, x0)
     eps, near = torch.randn_like(x0), _before(path, tau, 1 / k)
@@ -116,7 +128,8 @@ def distillation(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progr
     would count for nothing or for all.   huber: errors below it count squared, above it linearly.   Source: Song 2023 (consistency models).
     """
     path = denoiser.path
-    _refuse_without_boundary(denoiser)
+    _refuse_unbounded(denoiser)
+    _positive(steps=steps, hops=hops, huber=huber)
     tau = density(len(x0), path, x0)
     x = path.noise(x0, torch.randn_like(x0), tau)
     with torch.no_grad():
@@ -130,10 +143,27 @@ def distillation(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progr
     return _distance(denoiser, x, tau, cond, goal, huber)
 
 
-def _refuse_without_boundary(denoiser: Denoiser) -> None:
-    if denoiser.target not in ("v", "flow", "edm"):
-        raise ValueError(f"a consistency model needs denoiser.target=v, flow or edm, which give the data back where there is no noise; {denoiser.target} "
-                         "does not, or divides by alpha at the noisy end")
+JUMPS = (consistency, distillation)  # they teach a network to jump to data, which is not their mean
+
+
+def inside(fn: Any) -> tuple[Any, dict[str, Any]]:
+    """What a partial (of a partial …) calls, and the keywords it fixes."""
+    options: dict[str, Any] = {}
+    while isinstance(fn, functools.partial):
+        fn, options = fn.func, {**fn.keywords, **options}
+    return fn, options
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{name}={value!r} must be a number above 0")
+
+
+def _refuse_unbounded(denoiser: Denoiser) -> None:
+    if denoiser.target in ("eps", "score"):
+        raise ValueError(f"one call cannot plan with denoiser.target={denoiser.target}: at the noisy end its answer is divided by alpha, nearly 0. "
+                         "A consistency model, and the teacher of one, needs denoiser.target=v, flow, edm or x0")
 
 
 def _last(path: Path) -> float:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LEAST = 4.3  # sigma / alpha at the noisy end: diffusers' own worst at 1000 steps is 140
+
 
 class Path:
     """tau_max, ratio_min: what solvers use of the pair (alpha, sigma): alpha > 0 at tau_max; ratio_min is the least sigma / alpha they stop at."""
@@ -55,6 +57,20 @@ class Path:
     def ends(self) -> tuple[float, float]:
         """ratio_min and the ratio at tau_max."""
         return self.ratio_min, float(self.ratio(torch.tensor(self.tau_max, dtype=torch.float64)))
+
+    def check(self) -> None:
+        """ValueError when noise does not grow with tau, or data still show at tau_max although plans start from pure noise."""
+        if not 0 < self.tau_max <= 1:
+            raise ValueError(f"{self}: tau_max must lie above 0 and not above 1")
+        ratio = self.ratio(torch.linspace(0.02, 1, 50, dtype=torch.float64) * self.tau_max)
+        if not (ratio.diff() >= 0).all() or not 0 <= ratio[0] < ratio[-1]:
+            raise ValueError(f"{self}: sigma / alpha must grow from data to noise, and goes {ratio[0]:.3g} … {ratio[25]:.3g} … {ratio[-1]:.3g}")
+        if not ratio[-1] > LEAST:
+            raise ValueError(f"{self} ends at sigma / alpha = {ratio[-1]:.2g}, where the data still show, but plans start from pure noise: it must end above "
+                             f"{LEAST}{self._remedy()}")
+
+    def _remedy(self) -> str:
+        return ""
 
     def start_std(self, tau: float | None = None) -> float:
         """Standard deviation of the noise at tau (default tau_max); sampling from there starts with start_std(tau) * N(0, 1)."""
@@ -144,11 +160,15 @@ class Table(Path):
     def named(cls, schedule: str = "squaredcos_cap_v2", steps: int = 100) -> "Table":
         from diffusers import DDPMScheduler
         scheduler: Any = DDPMScheduler(num_train_timesteps=steps, beta_schedule=schedule)
-        bar = scheduler.alphas_cumprod.tolist()
-        if bar[-1] > 0.05:  # diffusers' own worst at 1000 steps is .007
-            raise ValueError(f"{steps} steps of {schedule!r} end at alpha = {bar[-1] ** 0.5:.2f}, where the data still show, but plans start from pure noise: "
-                             "use schedule.steps=1000, or schedule.schedule=squaredcos_cap_v2, which fits any number")
-        return cls(tuple(bar))
+        path = cls(tuple(scheduler.alphas_cumprod.tolist()))
+        path.check()
+        return path
+
+    def _remedy(self) -> str:
+        return ". Use schedule.steps=1000, or schedule.schedule=squaredcos_cap_v2, which fits any number"
+
+    def __repr__(self) -> str:
+        return f"Table of {len(self.alphas_cumprod)} steps"
 
     def _bar(self, tau: Tensor) -> Tensor:
         bar = torch.tensor((1.0, *self.alphas_cumprod), dtype=tau.dtype, device=tau.device)
@@ -204,6 +224,8 @@ def grid(path: Path, steps: int, spacing: str | Sequence[float] = "trailing") ->
         taus = [path.tau_max * (1 - i / steps) for i in range(steps)]
     elif spacing == "leading":
         total = k or 1000
+        if steps * (total // steps) < 0.75 * total:
+            raise ValueError(f"{steps} steps do not spread over {total} times with spacing=leading, which takes every {total // steps}th: use trailing")
         taus = [(i * (total // steps) + 1) / total * path.tau_max for i in reversed(range(steps))]
     elif spacing in ("karras", "logsnr"):
         lo, hi = path.ends()

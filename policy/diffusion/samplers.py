@@ -20,6 +20,13 @@ def _times(x: Tensor, here: float, there: float) -> tuple[Tensor, Tensor]:
     return x.new_full((len(x),), here), x.new_full((len(x),), there)
 
 
+def _within(*, most: float = 2.0, **values: float) -> None:
+    for name, value in values.items():
+        least, upper = (1, math.inf) if name == "repeats" else (0, most)
+        if not isinstance(value, int | float) or not least <= value <= upper:
+            raise ValueError(f"{name}={value!r} must be a number from {least} to {upper}")
+
+
 def transition(path: Path, x: Tensor, x0: Tensor, tau: Tensor, nxt: Tensor, eta: float = 0.0) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of p(x_nxt | x_tau, x0_hat): the step under every first-order sampler.
 
@@ -46,6 +53,7 @@ def trapezoid(denoise: Denoise, path: Path, x: Tensor, x0: Tensor, tau: Tensor, 
 def first_order(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], cond: Cond | None = None, *, eta: float = 0.0,
                 draw: Draw = torch.randn_like) -> Tensor:
     """DDIM (eta 0) to DDPM / reverse SDE (eta 1), one network call a step."""
+    _within(eta=eta, most=1.0)
     for here, there in pairwise(taus):
         tau, nxt = _times(x, here, there)
         mean, std = transition(path, x, denoise(x, tau, cond), tau, nxt, eta)
@@ -82,9 +90,11 @@ def langevin(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[float], con
              draw: Draw = torch.randn_like) -> Tensor:
     """Annealed Langevin dynamics: at every noise level `repeats` steps along the score, then the next level; the last answer is denoised.
 
-    rate: step size over sigma^2 (NCSN's epsilon / sigma_L^2).   repeats * levels + 1 network calls.   Away from VE it walks in x / alpha.
+    rate: step size over sigma^2, half of NCSN's epsilon / sigma_L^2; above 2 it diverges.   repeats * levels + 1 network calls.
+    Away from VE it walks in x / alpha.
     Source: Song 2019 (NCSN) algorithm 1; the final denoising is Jolicoeur-Martineau's (2021).
     """
+    _within(rate=rate, repeats=repeats)
     for here, there in pairwise(taus):
         tau, nxt = _times(x, here, there)
         for _ in range(repeats):
@@ -99,6 +109,8 @@ def predictor_corrector(denoise: Denoise, path: Path, x: Tensor, taus: Sequence[
 
     rate: step size over sigma^2; 2 snr^2 in the paper's terms, whose snr = .16 is .05.   Source: Song 2021 (score SDE) algorithms 2 and 3.
     """
+    _within(rate=rate, repeats=repeats)
+    _within(eta=eta, most=1.0)
     for here, there in pairwise(taus):
         tau, nxt = _times(x, here, there)
         mean, std = transition(path, x, denoise(x, tau, cond), tau, nxt, eta)

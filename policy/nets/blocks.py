@@ -12,6 +12,12 @@ from policy.types import Cond
 ACTIVATIONS = {"silu": nn.SiLU, "mish": nn.Mish, "gelu": nn.GELU}
 
 
+def activation_of(name: str) -> Any:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
+
+
 class TimeEmbedding(nn.Module):
     """Noise time tau in [0, 1], (b,) -> (b, width): sinusoids of 1000 tau, then a two-layer MLP (Ho 2020)."""
 
@@ -19,7 +25,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         half = width // 2
         self.register_buffer("freq", torch.exp(-math.log(1e4) * torch.arange(half) / (half - 1)) * 1000, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * half, 4 * width), ACTIVATIONS[activation](), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(2 * half, 4 * width), activation_of(activation), nn.Linear(4 * width, width))
         self.freq: Tensor
 
     def forward(self, tau: Tensor) -> Tensor:
@@ -86,7 +92,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv = Conv1d(c_in, c_out, kernel)
         self.norm = nn.GroupNorm(groups, c_out)
-        self.act = ACTIVATIONS[activation]()
+        self.act = activation_of(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policy.nets.blocks import ACTIVATIONS, TimeEmbedding, flat_condition
+from policy.nets.blocks import TimeEmbedding, activation_of, flat_condition
 from policy.types import Cond, shape
 
 
@@ -23,6 +23,8 @@ class DiT(nn.Module):
         super().__init__()
         if patch < 1 or layers < 0:
             raise ValueError(f"patch={patch} and layers={layers} must be at least 1 and 0")
+        if width < 1 or heads < 1:
+            raise ValueError(f"width={width} and heads={heads} must be at least 1")
         if width % (2 * heads):
             raise ValueError(f"width {width} must be a multiple of 2 * heads = {2 * heads}")
         if causal and patch > 1:
@@ -71,7 +73,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.attend = Attention(width, heads)
         self.look = Attention(width, heads) if cross else None
-        self.mlp = nn.Sequential(_xavier(nn.Linear(width, ratio * width)), ACTIVATIONS[activation](), _xavier(nn.Linear(ratio * width, width)))
+        self.mlp = nn.Sequential(_xavier(nn.Linear(width, ratio * width)), activation_of(activation), _xavier(nn.Linear(ratio * width, width)))
         self.modulate = _zero(nn.Linear(width, (9 if cross else 6) * width))
 
     def forward(self, h: Tensor, c: Tensor, context: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:

@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-from policy.nets.blocks import ACTIVATIONS, TimeEmbedding, flat_condition
+from policy.nets.blocks import TimeEmbedding, activation_of, flat_condition
 from policy.types import Cond, shape
 
 
@@ -17,10 +17,12 @@ class MLP(nn.Module):
         super().__init__()
         if horizon is None:
             raise ValueError("net=mlp has a weight for every step of a chunk: pass its horizon")
+        if width < 1 or layers < 1:
+            raise ValueError(f"width={width} and layers={layers} must be at least 1")
         self.action_dim, self.cond_shape, self.horizon = action_dim, (cond_shape[0], cond_shape[1]), horizon
         cond_dim = cond_shape[0] * cond_shape[1]
         self.time = TimeEmbedding(time_dim, activation)
-        self.act = ACTIVATIONS[activation]()
+        self.act = activation_of(activation)
         self.read = nn.Linear(horizon * action_dim + cond_dim, width)
         self.blocks = nn.ModuleList(FilmMlp(width, time_dim + cond_dim, activation) for _ in range(layers))
         self.norm, self.write = nn.LayerNorm(width), nn.Linear(width, horizon * action_dim)
@@ -47,7 +49,7 @@ class FilmMlp(nn.Module):
     def __init__(self, width: int, c_cond: int, activation: str):
         super().__init__()
         self.norm, self.film = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(c_cond, 2 * width)
-        self.mlp = nn.Sequential(nn.Linear(width, width), ACTIVATIONS[activation](), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, width), activation_of(activation), nn.Linear(width, width))
 
     def forward(self, h: Tensor, cond: Tensor) -> Tensor:
         scale, shift = self.film(cond).chunk(2, -1)

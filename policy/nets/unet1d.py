@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policy.nets.blocks import ACTIVATIONS, ConvBlock, FilmResBlock, TimeEmbedding
+from policy.nets.blocks import ConvBlock, FilmResBlock, TimeEmbedding, activation_of
 from policy.types import Cond, shape
 
 
@@ -24,7 +24,7 @@ class UNet1d(nn.Module):
         cond_dim = cond_shape[0] * cond_shape[1]
         self.action_dim, self.cond_dim, self.stride = action_dim, cond_dim, 2 ** (len(widths) - 1)
         self.time = TimeEmbedding(time_dim, activation)
-        self.act = ACTIVATIONS[activation]()
+        self.act = activation_of(activation)
         c = time_dim + cond_dim
 
         def block(i: int, o: int) -> FilmResBlock:

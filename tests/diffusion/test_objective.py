@@ -107,8 +107,7 @@ def test_the_elbo_of_a_table_is_ddpms():
     torch.testing.assert_close(got, coefficient**2 / (2 * variance), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("density", [uniform, lognormal, beta])
+@pytest.mark.parametrize(("density", "weight"), [(d, w) for d in (uniform, lognormal, beta) for w in WEIGHTS if d is uniform or w != "elbo"])
 @pytest.mark.parametrize("path", PATHS)
 def test_every_objective_has_finite_gradients(path, density, weight):
     torch.manual_seed(0)
@@ -168,6 +167,19 @@ def test_the_exact_jump_minimises_distillation(path, target):
     assert loss(fine, 0.0) < 0.2 * loss(fine // 5, 0.0)
 
 
+@pytest.mark.parametrize("path", ["linear", "cosine", "vp", "ve"])
+def test_an_x0_network_can_be_a_student(path):
+    """It does not give the data back at tau = 0 by itself: there the teacher's end is the goal, and an error of .3 costs .3."""
+    torch.manual_seed(0)
+    x0 = 0.4 + 0.2 * torch.randn(512, 1, 1, dtype=torch.float64)
+
+    def loss(wrong: float) -> float:
+        student = Denoiser(Jump(PATHS[path], "x0", wrong=wrong), PATHS[path], "x0")
+        return distillation(student, x0, teacher=gaussian(PATHS[path]), steps=100, hops=100, huber=1e-9).mean().item()
+
+    assert loss(0.0) < 0.02 and loss(0.3) == pytest.approx(0.3, abs=0.01)
+
+
 def test_a_student_that_jumps_right_near_the_data_is_taught_the_teachers_own_plan():
     """With one step for the whole path the goal is the teacher's DDIM plan in one step, and the student's own jump plays no part."""
     torch.manual_seed(0)
@@ -218,11 +230,11 @@ def test_training_without_a_teacher_shares_the_noise():
     assert loss[drawn >= 0.25].mean().item() == pytest.approx(expected.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("target", ["eps", "score", "x0"])
+@pytest.mark.parametrize("target", ["eps", "score"])
 def test_a_target_that_cannot_be_consistent_is_refused(target):
-    with pytest.raises(ValueError, match=r"denoiser\.target=v, flow or edm"):
+    with pytest.raises(ValueError, match=r"denoiser\.target=v, flow, edm or x0"):
         consistency(perfect(gaussian(PATHS["cosine"]), PATHS["cosine"], target), torch.zeros(4, 2, 1))
-    with pytest.raises(ValueError, match=r"denoiser\.target=v, flow or edm"):
+    with pytest.raises(ValueError, match=r"denoiser\.target=v, flow, edm or x0"):
         distillation(perfect(gaussian(PATHS["cosine"]), PATHS["cosine"], target), torch.zeros(4, 2, 1), teacher=gaussian(PATHS["cosine"]))
 
 
