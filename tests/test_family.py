@@ -87,12 +87,12 @@ def test_differences_are_paired_with_the_first_row(tmp_path):
 
 
 def test_latency_takes_the_sampler_of_the_evaluation(shell, run):  # noqa: F811
-    for name, words in (("slow", ["sampler.steps=8"]), ("quick", ["sampler=consistency"])):
+    for name, words in (("slow", ["sampler.steps=40"]), ("quick", ["sampler=consistency"])):
         assert shell("eval", f"run={shell.folder}/run", f"out={shell.folder}/fam/{name}/seed0/eval/suite", *words, *SHORT).code == 0
     cells = [{"seed": 0, "status": "done"}]
     bench_family.latency({"slow": {"cells": cells}, "quick": {"cells": cells}}, shell.folder / "fam", OmegaConf.create({"rounds": 9}))
     times = json.loads((shell.folder / "fam" / "latency.json").read_text())
-    assert 3 < times["slow"] / times["quick"] < 9
+    assert 5 < times["slow"] / times["quick"] < 60  # 40 calls and one
 
 
 def test_sides_are_those_of_the_line_to_the_disc():
