@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from policy.diffusion.likelihood import levels, log_density
-from policy.diffusion.objective import JUMPS, denoising_loss, discrete, inside
+from policy.diffusion.objective import denoising_loss, ignorance
 from policy.planner import Planner
 from policy.types import Obs
 
@@ -15,14 +15,8 @@ KINDS = ("loss", "likelihood")
 
 def refuse(planner: Planner) -> None:
     """ValueError when the planner's network was not trained to denoise at every noise level: it then defines no density."""
-    objective, options = inside(planner.objective)
-    density, _ = inside(options.get("density"))
-    if objective in JUMPS:
-        raise ValueError("a consistency model jumps to data and does not estimate their mean, so it has no likelihood: evaluate its teacher, "
-                         "or a formalism that denoises (ddpm, flow, edm, …)")
-    if density is discrete:
-        raise ValueError("this policy was trained at a few noise times only (regression, MIP), so it says nothing about the noise levels between them "
-                         "and has no likelihood: evaluate a formalism that denoises at all (ddpm, flow, edm, …)")
+    if why := ignorance(planner.objective):
+        raise ValueError(f"this policy has no likelihood: {why}. Evaluate its teacher, or a formalism that denoises at every level (ddpm, flow, edm, …)")
 
 
 @torch.no_grad()

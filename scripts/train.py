@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from policy.data.normalize import Normalizer
 from policy.data.store import Store
-from policy.diffusion.objective import distillation, inside
+from policy.diffusion.objective import distillation, ignorance, inside
 from policy.planner import Planner
 from policy.train import checkpoint
 from policy.train.log import Log, console, read_rows
@@ -64,6 +64,8 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
 def taught_by(planner: Planner, cfg: DictConfig) -> None:
     """Start from the teacher's weights and let the objective compare with it. The encoder stays as it is, so both see the same condition."""
     teacher, _ = checkpoint.load(cfg.teacher, cfg.teacher_checkpoint, device=str(checkpoint.pick_device(cfg.device)), trust=list(cfg.trust))
+    if why := ignorance(teacher.objective):
+        raise ValueError(f"{cfg.teacher} cannot teach: {why}")
     planner.load_state_dict(teacher.state_dict())
     planner.encoder.requires_grad_(False)
     planner.objective = partial(planner.objective, teacher=teacher.denoiser)

@@ -51,6 +51,8 @@ def test_a_resumed_student_still_has_its_teacher(shell, teacher):  # noqa: F811
     (["distill", "run=teacher", "out=x", "denoiser.target=v"], "denoiser cannot differ"),
     (["distill", "run=nowhere"], "not a training run"),
     (["distill"], "which teacher"),
+    (["distill", "run=mip", "out=x"], "cannot teach: it was trained at a few noise times only"),
+    (["distill", "run=student", "out=x"], "cannot teach: a consistency model jumps"),
     (["distill", "run=eps", "out=x"], "denoiser.target=v, flow, edm or x0"),
     (["train", "data.path=demos.zarr", "teacher=teacher", "run=x"], "dipole distill"),
     (["train", "data.path=demos.zarr", "formalism=consistency", "denoiser.target=eps", "run=x"], "denoiser.target=v, flow, edm or x0"),
@@ -68,7 +70,9 @@ def test_what_cannot_be_distilled_is_refused(shell, teacher, words, says):  # no
     if "run=eps" in words and not (shell.folder / "eps").exists():
         assert shell("train", "formalism=ddpm", "data.path=demos.zarr", "run=eps", "train.steps=1", "net.widths=[8,16]", "net.groups=4", "net.time_dim=16",
                      *FEW).code == 0
-    if "out=student" in words and not (shell.folder / "student").exists():
+    if "run=mip" in words and not (shell.folder / "mip").exists():
+        assert shell("train", "formalism=mip", "data.path=demos.zarr", "run=mip", "train.steps=1", "net=mlp", "net.width=8", *FEW).code == 0
+    if {"out=student", "run=student"} & set(words) and not (shell.folder / "student").exists():
         assert shell("distill", "run=teacher", "out=student", "train.steps=1", *FEW).code == 0
     refused(shell(*words), says)
     assert not (shell.folder / "x").exists()

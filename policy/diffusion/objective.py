@@ -154,6 +154,16 @@ def inside(fn: Any) -> tuple[Any, dict[str, Any]]:
     return fn, options
 
 
+def ignorance(objective: Objective) -> str:
+    """Why a network trained by it does not estimate the mean of the data at every noise level; empty when it does."""
+    fn, options = inside(objective)
+    if fn in JUMPS:
+        return "a consistency model jumps to data and does not estimate their mean"
+    if inside(options.get("density"))[0] is discrete:
+        return "it was trained at a few noise times only (regression, MIP) and says nothing about the noise levels between them"
+    return ""
+
+
 def _positive(**values: float) -> None:
     for name, value in values.items():
         if not isinstance(value, int | float) or not value > 0:
