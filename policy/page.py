@@ -49,7 +49,8 @@ font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 button{position:absolute;top:8px;right:8px;font:inherit;font-size:12px;padding:3px 10px;border-radius:7px;border:1px solid var(--line);
 background:var(--bg);color:var(--ink);cursor:pointer}button:hover{border-color:var(--one)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{padding:6px 12px 6px 0;text-align:left;border-bottom:1px solid var(--line);
-vertical-align:top}th{font-weight:600}td small{display:block}.wide{overflow-x:auto}.whole{grid-column:1/-1}.whole video,
+vertical-align:top}th{font-weight:600}td small{display:block;white-space:nowrap}td code{overflow-wrap:anywhere}
+.wide{overflow-x:auto}.whole{grid-column:1/-1}.whole video,
 figure.wide video{aspect-ratio:auto;max-height:80vh}
 .videos.broad{grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr))}
 details{margin-bottom:10px}summary{cursor:pointer;padding:6px 0;font-weight:600}

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from policy.data.normalize import Normalizer
-from policy.diffusion.denoiser import Denoiser
+from policy.diffusion.denoiser import TARGETS, Denoiser
 from policy.diffusion.from_diffusers import scheduler
 from policy.diffusion.guides import clip
-from policy.diffusion.path import VE, VP, Cosine, Linear
-from policy.diffusion.samplers import dpmpp_2m, first_order, heun, langevin
+from policy.diffusion.path import VE, VP, Cosine, Linear, Table
+from policy.diffusion.samplers import consistency, dpmpp_2m, first_order, heun, langevin, predictor_corrector
 from policy.nets.lowdim import LowDim
 from policy.planner import Planner
 from policy.types import Batch, Spec
@@ -252,3 +252,17 @@ ODD = [VE(hi=-5), VE(hi=0.001), VE(rho=0), VE(rho=-1), VP(hi=0), VP(hi=0.2), VP(
 def test_a_path_that_does_not_lead_from_data_to_noise_is_refused(path):
     with pytest.raises(ValueError, match=r"sigma / alpha|tau_max"):
         path.check()
+
+
+@pytest.mark.parametrize("path", [Cosine(), Linear(), VP(), VE(), Table.named("squaredcos_cap_v2", 100)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("target", TARGETS)
+def test_plans_are_finite_in_bf16_with_every_sampler(data, path, target):
+    """A network in bf16, its sampler in float32, as precision=bf16 plans; from each path's noisiest time to its end."""
+    planner = make_planner(data).eval().requires_grad_(False)
+    planner.denoiser.path, planner.denoiser.target = path, target
+    obs, noise = inputs()
+    for fn in (first_order, partial(first_order, eta=1.0), heun, dpmpp_2m, langevin, predictor_corrector, consistency):
+        for spacing in ("trailing", "karras", "logsnr"):
+            planner.set_sampler(fn, 4, spacing)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert planner.plan(obs, noise=noise).isfinite().all(), (fn, spacing)
