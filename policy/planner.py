@@ -70,10 +70,10 @@ class Planner(nn.Module):
         density, times = inside(options.get("density"))
         if objective in JUMPS and inside(sampler)[0] is not consistency:
             raise ValueError("this policy learned to jump to data, not to estimate their mean: only sampler=consistency plans with it; "
-                             "the others need its teacher")
+                             "the others need a policy that denoises, such as the teacher of a distilled one")
         known = list(times["taus"]) if density is discrete else []
         if known and (unseen := sorted({round(t, 4) for t in visited if min(abs(t - k) for k in known) > 1e-4})):
-            raise ValueError(f"this policy was trained at the noise times {known} only, and the sampler asks at {unseen}: "
+            raise ValueError(f"this policy was trained at the noise times {known} only, and the sampler asks at {unseen[:3]}: "
                              f"use sampler=consistency sampler.spacing={known} sampler.steps={len(known)}, or another formalism")
 
     def _try_objective(self) -> None:

@@ -87,6 +87,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         cfg = common.of_run(cfg, folder)
         cfg.resume = True
     else:
+        cfg = common.chosen_sampler(cfg)
         folder, cfg.resume = common.new_run(cfg), False
     common.whole(0, **{"train.seed": cfg.train.seed})
     try:

@@ -1,5 +1,6 @@
 """dipole distill: an ordinary run comes out, resumed bit for bit, from what the teacher learned; and what cannot be taught is refused."""
 import pytest
+from omegaconf import OmegaConf
 
 from policy.train import checkpoint
 from tests.test_scripts import SHORT, facts, metrics, refused, run, shell  # noqa: F401  (fixtures)
@@ -76,3 +77,14 @@ def test_what_cannot_be_distilled_is_refused(shell, teacher, words, says):  # no
         assert shell("distill", "run=teacher", "out=student", "train.steps=1", *FEW).code == 0
     refused(shell(*words), says)
     assert not (shell.folder / "x").exists()
+
+
+def test_a_sampler_that_is_named_is_that_sampler_whole(shell, run):  # noqa: F811
+    """formalism=edm says sampler.spacing=karras of its own sampler; hydra would let that win over conf/sampler/langevin.yaml."""
+    trained = shell("train", "recipe=gantry", "formalism=edm", "sampler=langevin", "data.path=demos.zarr", "run=named", "train.steps=1", "net=mlp",
+                    "net.width=8", *FEW)
+    assert trained.code == 0, trained.err
+    for words, spacing, steps in ((["out=n1"], "logsnr", 30), (["out=n2", "sampler.steps=3"], "logsnr", 3), (["out=n3", "sampler=ddim"], "trailing", 10)):
+        assert shell("eval", "run=named", *words, *SHORT).code == 0
+        sampler = OmegaConf.load(shell.folder / words[0].removeprefix("out=") / "config.yaml").sampler
+        assert (sampler.spacing, sampler.steps) == (spacing, steps)

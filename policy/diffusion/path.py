@@ -224,8 +224,9 @@ def grid(path: Path, steps: int, spacing: str | Sequence[float] = "trailing") ->
         taus = [path.tau_max * (1 - i / steps) for i in range(steps)]
     elif spacing == "leading":
         total = k or 1000
-        if steps * (total // steps) < 0.75 * total:
-            raise ValueError(f"{steps} steps do not spread over {total} times with spacing=leading, which takes every {total // steps}th: use trailing")
+        if (steps - 1) * (total // steps) < 0.7 * total:
+            raise ValueError(f"spacing=leading with {steps} of {total} steps would start at tau = {((steps - 1) * (total // steps) + 1) / total:.2g}, "
+                             "where x is no pure noise: use trailing")
         taus = [(i * (total // steps) + 1) / total * path.tau_max for i in reversed(range(steps))]
     elif spacing in ("karras", "logsnr"):
         lo, hi = path.ends()
