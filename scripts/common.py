@@ -70,10 +70,8 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
         raise FileNotFoundError(f"{folder} is not a training run: it has no config.yaml")
     saved = OmegaConf.load(path)
     now = overrides()
-    before = remembered(_trained_with(folder), now)  # sampler.steps=4 keeps the trained sampler,
-    if any(o.startswith("sampler=") for o in [*before, *now]):  # sampler=langevin is that sampler whole: nothing of what the formalism says of another
-        before = [o for o in before if not o.startswith("formalism=")]
-    both = compose(name := HydraConfig.get().job.config_name, [*before, *now])
+    words = whole_sampler([*remembered(_trained_with(folder), now), *now])  # sampler.steps=4 keeps the trained sampler
+    both = compose(name := HydraConfig.get().job.config_name, words)
     touched = {key_of(o) for o in now} - {"run", "resume"}
     if name == "eval" and (learned := sorted(touched & {*PLANNER, *LEARNED} - {"sampler"})):
         raise ValueError(f"{', '.join(learned)} cannot change after training; train a new run with it. What can: env, sampler, guide, control")
@@ -85,13 +83,9 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
     return result
 
 
-def chosen_sampler(cfg: DictConfig) -> DictConfig:
-    """cfg with sampler=NAME whole, where a formalism is named beside it: hydra lets the formalism's words about its own sampler win."""
-    now = overrides()
-    if any(o.startswith("sampler=") for o in now) and any(o.startswith("formalism=") for o in now):
-        alone = compose(HydraConfig.get().job.config_name, [o for o in now if not o.startswith("formalism=")])
-        cfg = OmegaConf.create({**cfg, "sampler": alone.sampler})
-    return cfg
+def whole_sampler(words: list[str]) -> list[str]:
+    """Overrides without the formalism where sampler=NAME is among them: hydra lets what a formalism says of its own sampler win over conf/sampler."""
+    return [o for o in words if not o.startswith("formalism=")] if any(o.startswith("sampler=") for o in words) else words
 
 
 def remembered(before: Sequence[str], now: Sequence[str], groups: Collection[str] | None = None) -> list[str]:

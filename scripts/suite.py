@@ -225,18 +225,14 @@ def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[int]:
 @contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM ends the suite as ctrl-C does, also in the background of a script, where SIGINT is ignored."""
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _stop), signal.SIGINT: signal.getsignal(signal.SIGINT)}
-    if before[signal.SIGINT] is signal.SIG_IGN:
+    term, interrupt = signal.signal(signal.SIGTERM, signal.default_int_handler), signal.getsignal(signal.SIGINT)
+    if interrupt is signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: None)  # ignored here as before, but children do not inherit it: they are told by it to stop
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
+        signal.signal(signal.SIGTERM, term)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 # ---------------------------------------------------------------- what is known

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from policy.data.normalize import Normalizer
@@ -87,7 +89,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         cfg = common.of_run(cfg, folder)
         cfg.resume = True
     else:
-        cfg = common.chosen_sampler(cfg)
+        if (words := common.whole_sampler(now := common.overrides())) != now:
+            cfg.sampler = compose(HydraConfig.get().job.config_name, words).sampler
         folder, cfg.resume = common.new_run(cfg), False
     common.whole(0, **{"train.seed": cfg.train.seed})
     try:
