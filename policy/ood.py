@@ -16,8 +16,8 @@ KINDS = ("loss", "likelihood")
 def refuse(planner: Planner) -> None:
     """ValueError when the planner's network was not trained to denoise at every noise level: it then defines no density."""
     if why := ignorance(planner.objective):
-        raise ValueError(f"this policy has no likelihood: {why}. Evaluate a policy that denoises at every level (ddpm, flow, edm, …), "
-                         "such as a student's teacher")
+        raise ValueError(f"this policy has no likelihood: {why}. Evaluate a formalism that denoises at every level (ddpm, flow, edm, …), "
+                         "or a student's teacher")
 
 
 @torch.no_grad()
