@@ -1,0 +1,1 @@
+"""Robots behind one small interface (policy.serve.robot.Driver): one file and one extra each."""
