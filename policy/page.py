@@ -76,6 +76,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}). Run `dipole eval` again, or remove the file") from error
 
 
+def save_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace the file, or leave it as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    part.replace(path)
+
+
 def with_cost(log: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Evaluation rows, each with the CPU-seconds spent so far: its own, or those of the training row before it."""
     spent, rows = 0.0, []

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 TAKES_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
                "--experimental-rerun", "--info", "-i"}  # hydra's options whose next word is not ours
 TAKES_FOLDERS = {"compare": "runs"}  # tasks whose further bare words are this list
+OWN_EXTRA = ("serve", "deploy", "export")  # verbs with an extra of their own in pyproject.toml; the others want all
 LAUNCHERS = {"slurm": "submitit_slurm", "local": "submitit_local"}
 
 
@@ -85,14 +86,19 @@ def usage() -> str:
 """
 
 
-def missing(module: str | None) -> str:
+def missing(module: str | None, verb: str = "") -> str:
     """The pip line for a module that a verb could not import, or '' when it is none of ours."""
     name = re.sub(r"[-_.]+", "-", (module or "").partition(".")[0]).lower()
     for need in importlib.metadata.requires("dipole") or []:
         extra = re.search(r"extra == ['\"](\w+)['\"]", need)
         if re.match(r"[\w-]+", need)[0].lower() == name:  # type: ignore[index]
-            return f"pip install 'dipole[{extra[1]}]'" if extra else "pip install --upgrade dipole"
+            return f"pip install 'dipole[{_whole(extra[1], verb)}]'" if extra else "pip install --upgrade dipole"
     return ""
+
+
+def _whole(extra: str, verb: str) -> str:
+    """Where the common parts are missing, the extra that has all a verb needs."""
+    return extra if extra not in ("command", "policy", "client") else verb if verb in OWN_EXTRA else "all"
 
 
 def main() -> None:
@@ -112,7 +118,7 @@ def main() -> None:
     try:
         module = importlib.import_module(f"scripts.{verb}")
     except ModuleNotFoundError as error:
-        if not (line := missing(error.name)):
+        if not (line := missing(error.name, verb)):
             raise
         raise SystemExit(f"dipole {verb} needs {error.name}, which is not installed: {line}") from error
     module.main()

@@ -21,7 +21,7 @@ from policy.data.store import Store
 from policy.data.windows import TrajectoryDataset
 from policy.episodes import Report, reason
 from policy.lanes import evaluate_in_lanes
-from policy.page import counted
+from policy.page import counted, save_json
 from policy.planner import Planner
 from policy.report import write_report
 from policy.train import checkpoint
@@ -259,13 +259,6 @@ def tell_faults(metrics: dict[str, Any], folder: Path) -> None:
     if metrics["faults"]:
         console.print(f"{len(metrics['faults'])} of {metrics['episodes']} episodes broke off and count as failures. Look at one again: "
                       f"{escape(metrics['faults'][0]['replay'])}", highlight=False, soft_wrap=True)
-
-
-def save_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1))
-    part.replace(path)
 
 
 def save_actions(path: Path, report: Report) -> None:

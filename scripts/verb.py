@@ -76,7 +76,7 @@ def verb(name: str, of_run: Sequence[str] = ()) -> Callable[[Callable[[DictConfi
 def said(e: Exception, name: str) -> str:
     """The last line of a command that ends with this exception; '' when it is a bug."""
     if isinstance(e, ImportError):
-        line = missing(e.name)
+        line = missing(e.name, name)
         return f"dipole {name} needs {e.name}, which is not installed: {line}" if line else f"error: {e}" if "pip install" in str(e) else ""
     return f"error: {text}" if isinstance(e, MISTAKES) and (text := told(e, name)) else ""
 
@@ -85,7 +85,7 @@ def told(e: BaseException, name: str) -> str:
     """What to tell the user of verb `name` about a mistake; '' when it is a bug after all."""
     if isinstance(e, InstantiationException) and e.__cause__ is not None:  # a class refused its arguments
         cause = e.__cause__
-        if isinstance(cause, ImportError) and (line := missing(cause.name)):
+        if isinstance(cause, ImportError) and (line := missing(cause.name, name)):
             return f"{cause.name} is not installed: {line}"
         return told(cause, name) if isinstance(cause, MISTAKES) else first_lines(e) if isinstance(cause, TypeError | ImportError | AttributeError) else ""
     if isinstance(e, MissingMandatoryValue):

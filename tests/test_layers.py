@@ -13,17 +13,18 @@ PACKAGES = ("policy", "envs", "scripts")
 # A layer may import itself, the layers named here, and what those may import. A file belongs to the longest name it starts with.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "policy.types": (),
+    "policy.timeline": (),
     "policy.data": ("policy.types",),
     "policy.nets": ("policy.types",),
     "policy.diffusion": ("policy.types",),
-    "policy.planner": ("policy.data", "policy.nets", "policy.diffusion"),
+    "policy.planner": ("policy.data", "policy.nets", "policy.diffusion", "policy.timeline"),
     "policy.ood": ("policy.planner",),
     "policy.control": ("policy.planner",),
     "policy.stats": (),
     "policy.episodes": ("policy.stats",),
     "policy.rollout": ("policy.control", "policy.episodes"),
     "policy.lanes": ("policy.rollout",),
-    "policy.serve": ("policy.control",),
+    "policy.serve": ("policy.control", "policy.train", "policy.page"),
     "policy.train": ("policy.planner", "policy.rollout"),
     "policy.rl": ("policy.planner", "policy.rollout", "policy.train"),
     "policy.svg": (),
@@ -168,6 +169,8 @@ def test_what_the_design_allows_passes(tmp_path, file, line):
 
 
 @pytest.mark.parametrize("module, unwanted", [("policy.rollout", SIMULATORS), ("policy.report", ("torch", "matplotlib", *SIMULATORS)),
+                                              ("policy.serve.client", ("torch", "zarr", "hydra", "rich", "ruckig", *SIMULATORS)),
+                                              ("policy.serve.bridge", ("torch", "zarr", "hydra", "rich", *SIMULATORS)),
                                               ("envs", ("torch",))])
 def test_importing_really_leaves_out(module, unwanted):
     """What ast cannot see: imports through third parties."""

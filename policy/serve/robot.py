@@ -15,7 +15,9 @@ class RobotSpec:
     """A robot's joints and limits (conf/robot/*.yaml). One entry per joint, in the order of the policy's action dimensions.
 
     units: of positions, such as rad or m; velocity, acceleration and jerk are in that unit / s, / s^2 and / s^3.   rate: control loop [Hz].
-    task: what the checkpoint must have been trained for; '' accepts any of the same dimensions.
+    task: what the checkpoint must have been trained for; '' accepts any of the same dimensions.   step: largest change between two actions
+    of a chunk; () is 1.5 times what `velocity` allows. Grippers, told open or closed, need the whole range here; the limiter makes them move gently.
+    latency: s from a measurement to its time stamp (obs) and from a setpoint to the motion (action); both 0 where drivers compensate.
     """
     name: str
     joints: Sequence[str]
@@ -27,11 +29,16 @@ class RobotSpec:
     jerk: Sequence[float]
     rate: float = 50.0
     task: str = ""
+    step: Sequence[float] = ()
+    latency_obs: float = 0.0
+    latency_action: float = 0.0
 
     def __post_init__(self) -> None:
         n = len(self.joints)
         if wrong := [k for k in ("units", "lower", "upper", "velocity", "acceleration", "jerk") if len(getattr(self, k)) != n]:
             raise ValueError(f"robot {self.name} has {n} joints, but {', '.join(f'{len(getattr(self, k))} of {k}' for k in wrong)}: one for each")
+        if len(self.step) not in (0, n):
+            raise ValueError(f"robot {self.name} has {n} joints, but {len(self.step)} of step: one for each, or none")
         if len(set(self.joints)) != n:
             raise ValueError(f"robot {self.name} names a joint twice: {', '.join(self.joints)}")
         low, high = np.asarray(self.lower, float), np.asarray(self.upper, float)

@@ -1,0 +1,241 @@
+"""The control loop on the robot's computer: plans come in, setpoints go out at a fixed rate, and what must not happen does not.
+
+Three processes: planner server | this bridge | the robot's own controller. The loop owns the driver, the plan that is followed, the limiter and the
+supervisor; the network lives in the client's thread and hands over whole chunks. Nothing in the loop waits for the planner.
+"""
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from policy.serve import realtime
+from policy.serve.client import Chunk
+from policy.serve.execution import Execution
+from policy.serve.journal import Journal
+from policy.serve.limiter import Limiter
+from policy.serve.robot import Driver, DriverError, RobotSpec, RobotState, Setpoints
+from policy.serve.supervisor import Mode, Supervisor
+
+Observe = Callable[[RobotState], dict[str, np.ndarray]]
+AHEAD = 16     # setpoints behind the period that the limiter sees, to rejoin a plan it had to leave
+GUARD = 0.002  # s before setpoints are due at which it is too late to send them
+
+
+class Client(Protocol):
+    """What the bridge needs of policy.serve.client.PlannerClient."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    def submit(self, obs: dict[str, np.ndarray], t_obs: float, *, epoch: int, prefix: np.ndarray | None = None, committed: int = 0,
+               merge: str = "naive", deadline_s: float | None = None, seed: int | None = None) -> int: ...
+
+    def latest(self) -> Chunk | None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """stale: periods without a new state until the robot is stopped.   rejects: chunks in a row that may be refused.   missed: periods in a row that
+    the loop may be late by.   deadline: s after which an unanswered observation is replaced.   patience, hold: policy.serve.supervisor.
+    """
+    stale: float = 3.0
+    rejects: int = 20
+    missed: int = 10
+    deadline: float = 0.5
+    patience: float = math.inf
+    hold: float = 30.0
+
+
+class Bridge:
+    """Drives one robot. `run` blocks; everything else may be looked at from other threads.
+
+    observe: RobotState -> {key: (*shape)} of the policy's observations; the driver's own when absent.   history: steps the policy sees.
+    """
+
+    def __init__(self, driver: Driver, client: Client, robot: RobotSpec, execution: Execution, *, history: int = 2, observe: Observe | None = None,
+                 settings: Settings | None = None, journal: Journal | None = None, clock: Callable[[], float] = time.monotonic):
+        self.driver, self.client, self.robot, self.execution = driver, client, robot, execution
+        self.settings, self.journal, self.clock = settings or Settings(), journal or Journal(), clock
+        self.observe = observe or (lambda state: state.obs)
+        self.period, self.steps = 1 / robot.rate, max(1, round(driver.rate / robot.rate))
+        if abs(self.steps * robot.rate - driver.rate) > 1e-6 * driver.rate:
+            raise ValueError(f"the robot runs at {driver.rate:g} Hz, no multiple of the control rate {robot.rate:g} Hz: change rate in its conf/robot file")
+        self.limiter = Limiter(robot, 1 / driver.rate, self.steps)
+        self.supervisor = Supervisor(patience=self.settings.patience, hold=self.settings.hold)
+        self.history, self.epoch, self.asked, self.rejected, self.behind, self.answered = history, 0, -math.inf, 0, 0, True
+        self.sent, self.last_refusal = math.nan, ""
+        self.states: deque[tuple[RobotState, dict[str, np.ndarray]]] = deque(maxlen=max(8, int(robot.rate * 4)))
+        self.counts: Counter[str] = Counter()
+        self.state: RobotState | None = None
+
+    def connect(self, timeout: float = 5.0) -> RobotState:
+        """Reach the robot; the limiter starts where it stands. DriverError."""
+        self.begin(self.driver.connect(self.robot, timeout))
+        assert self.state is not None
+        return self.state
+
+    def begin(self, state: RobotState) -> None:
+        """An episode starts at `state`, the robot at rest there: nothing from before counts any more, chunks in flight included."""
+        if state.q.shape != (self.robot.dof,) or not np.isfinite(state.q).all():
+            raise DriverError(f"{self.robot.name} reports joints {state.q}, not {self.robot.dof} finite numbers")
+        self.state, self.epoch = state, self.epoch + 1
+        self.states.clear()
+        self.execution.forget()
+        self.limiter.reset(state.q)
+        self.rejected, self.behind, self.asked, self.answered, self.sent = 0, 0, -math.inf, True, math.nan
+        if self.supervisor.mode is not Mode.STOP:
+            self.supervisor.mode, self.supervisor.since, self.supervisor.reason = Mode.HOLD, -math.inf, "waiting for the first plan"
+
+    def rearm(self, timeout: float = 5.0) -> None:
+        """Somebody has looked: STOP -> HOLD, from where the robot stands now. ValueError when it is not stopped, DriverError when it cannot be reached."""
+        state = self.driver.connect(self.robot, timeout)
+        self.supervisor.rearm(self.clock())
+        self.begin(state)
+        self._say("rearmed")
+
+    def run(self, seconds: float = math.inf, until: Callable[[RobotState], bool] = lambda state: False, *, priority: int | None = 10,
+            cpu: int | None = None, on_tick: Callable[["Bridge"], None] = lambda bridge: None) -> dict[str, Any]:
+        """Control until `until` is true of a state, `seconds` have passed or the robot is stopped; then brake to rest. What the journal measured.
+
+        priority: SCHED_FIFO priority to ask for, None for an ordinary thread.
+        """
+        got = realtime.claim(priority, cpu) if priority is not None else {"scheduler": "normal"}
+        self.journal.start(self.robot, got)
+        start, ending = self.clock(), False
+        try:
+            for deadline, late in realtime.ticks(self.robot.rate):
+                ending = ending or deadline - start >= seconds or (self.state is not None and until(self.state))
+                self.tick(deadline, late, ending=ending)
+                on_tick(self)
+                if self.supervisor.mode is Mode.STOP or (ending and self.limiter.at_rest):
+                    break
+        finally:
+            if priority is not None:
+                realtime.release()
+        return self.journal.finish({**self.counts, **self.execution.counts}, self.limiter)
+
+    def tick(self, now: float, late: float = 0.0, *, ending: bool = False) -> None:
+        """One control period: read, take in a plan, ask for the next, decide, command the period that follows."""
+        fault = self._read(now)
+        self.behind = self.behind + 1 if late > self.period else 0
+        if self.behind > self.settings.missed:
+            fault = fault or f"the control loop was late {self.behind} times in a row: give the planner another core or lower the rate"
+        first = now + self.period  # what is sent now is played from then on
+        self._take(first)
+        if self.rejected > self.settings.rejects:
+            fault = fault or f"{self.rejected} plans in a row were refused, the last for {self.last_refusal}"
+        if not ending:
+            self._ask(now)
+        self.execution.meet(first)
+        before = self.supervisor.mode
+        covered = not ending and self.execution.covers(first, first + self.period)
+        mode = self.supervisor.update(now, covered=covered, overdue=self._overdue(now), at_rest=self.limiter.at_rest, fault=fault)
+        if mode is not before:
+            self._switch(before, mode)
+        if mode is Mode.STOP:
+            if before is not Mode.STOP:
+                self._stop()
+            return
+        self._command(first)
+        self.journal.tick(now, late, mode, self.state, self.limiter)
+
+    def _read(self, now: float) -> str:
+        """Take in the newest state; why the robot must stop, or ''."""
+        try:
+            state = self.driver.read()
+        except DriverError as e:
+            return f"driver: {e}"
+        if state is not None and np.isfinite(state.q).all():
+            self.state = state
+            self.states.append((state, self.observe(state)))
+        age = now - self.state.t if self.state is not None else math.inf
+        return f"the robot's state is {1e3 * age:.0f} ms old" if age > (self.settings.stale + 1) * self.period else ""
+
+    def _take(self, first: float) -> None:
+        """Let in the newest chunk, or refuse it whole."""
+        chunk = self.client.latest()
+        if chunk is None:
+            return
+        if chunk.epoch != self.epoch:
+            self.counts["stale_epoch"] += 1
+            return
+        self.answered = True
+        if why := self.execution.refuse(chunk, first, self.limiter.q):
+            self.rejected, self.last_refusal = self.rejected + 1, why
+            self.counts[f"refused_{why.partition(':')[0]}"] += 1
+            self._say("refused", why=why, seq=chunk.seq)
+            return
+        self.rejected = 0
+        seam = self.execution.accept(chunk, first, self.limiter.q)
+        self.counts["chunks"] += 1
+        self.journal.chunk(chunk, first, seam, self.execution)
+
+    def _ask(self, now: float) -> None:
+        """Submit the newest observations when the next plan is due and none is on its way."""
+        lost = now - self.asked > self.settings.deadline
+        wanted = self.execution.due(now) or self.supervisor.mode is Mode.HOLD
+        if not self.states or not wanted or not (self.answered or lost) or (self.answered and now - self.asked < self.period / 2):
+            return
+        t_obs, obs = self._stacked()
+        prefix, committed = self.execution.promised(t_obs, self.period) if self.supervisor.moves else (None, 0)
+        self.client.submit(obs, t_obs, epoch=self.epoch, prefix=prefix, committed=committed, merge=self.execution.merge, deadline_s=self.settings.deadline)
+        if lost and not self.answered:
+            self.counts["unanswered"] += 1
+        self.asked, self.answered = now, False
+        self.counts["asked"] += 1
+
+    def _stacked(self) -> tuple[float, dict[str, np.ndarray]]:
+        """When the newest observation was made, and the last `history` ones, one policy step apart: {key: (history, *shape)}."""
+        t, times = self.states[-1][0].t, np.array([state.t for state, _ in self.states])
+        rows = [int(np.abs(times - (t - back * self.execution.dt)).argmin()) for back in range(self.history - 1, -1, -1)]
+        seen = [self.states[i][1] for i in rows]
+        return t - self.robot.latency_obs, {k: np.stack([np.asarray(one[k]) for one in seen]) for k in seen[-1]}
+
+    def _overdue(self, now: float) -> str:
+        if self.execution.now is None:
+            return ""
+        if not self.client.connected:
+            return "the planner is not connected"
+        slack = max(self.execution.delays, default=0.0) + max(self.execution.dt, 2 * self.period)
+        age = now - self.execution.now.t0 - self.execution.execute * self.execution.dt
+        return f"the next plan is {age:.2f} s late" if age > slack else ""
+
+    def _switch(self, before: Mode, mode: Mode) -> None:
+        if mode in (Mode.BRAKE, Mode.STOP):  # whatever is planned or in flight started from somewhere else
+            self.epoch += 1
+            self.execution.forget()
+            self.answered = True
+        self._say("mode", before=str(before), mode=str(mode), why=self.supervisor.reason)
+
+    def _command(self, first: float) -> None:
+        """Setpoints of the period from `first` on and the braking tail behind it. A period that comes too late is left to the tail sent before."""
+        if self.clock() > first - GUARD:
+            self.counts["skipped"] += 1
+            return
+        if (gap := round((first - self.sent) * self.driver.rate) if math.isfinite(self.sent) else 0) > 0:
+            self.limiter.skip(gap)
+        self.sent = first + self.period
+        if self.supervisor.moves:
+            at = first + (1 + np.arange(self.steps + AHEAD)) / self.driver.rate + self.robot.latency_action
+            body = self.limiter.follow(*self.execution.target(np.minimum(at, self.execution.end)))
+        else:
+            body = self.limiter.brake()
+        tail = self.limiter.tail()
+        q, dq, ddq = (np.concatenate([a, b]) for a, b in zip(body, tail, strict=True))
+        try:
+            self.driver.write(Setpoints(first, 1 / self.driver.rate, q, dq, ddq, self.steps))
+        except DriverError as e:
+            self.supervisor.fault = self.supervisor.fault or f"driver: {e}"
+
+    def _stop(self) -> None:
+        try:
+            self.driver.stop()
+        except DriverError as e:
+            self._say("stop_failed", why=str(e))
+
+    def _say(self, event: str, **facts: Any) -> None:
+        self.journal.event(self.clock(), event, facts)

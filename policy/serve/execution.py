@@ -1,0 +1,148 @@
+"""The plan a robot follows, in continuous time: which chunks are let in, how they take over, what is due when, what is promised to the planner."""
+import math
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from policy.serve.client import Chunk
+from policy.serve.interpolate import cubic
+from policy.serve.robot import RobotSpec
+from policy.timeline import CONTINUES, MERGES, Plan, shifted, take_over
+
+MARGIN = 0.05  # of the range between lower and upper that an action may lie outside; the limiter keeps the robot inside
+SPEED = 1.5    # times the velocity limit that an action may differ from the one before
+KEPT = 10      # delays that are remembered (Black 2025)
+
+
+@dataclass(frozen=True)
+class Following:
+    """A plan with its place in time.   knots: (1 + t, dof), the first is where the robot was told to be when the chunk was observed."""
+    plan: Plan
+    t0: float
+    knots: np.ndarray
+
+
+class Execution:
+    """What a robot does next according to the newest chunks.
+
+    Action i of a chunk observed at t0 is reached at t0 + (i + knot) dt; cubic in between.   execute: actions from one observation that is planned from
+    to the next.   merge: policy.timeline.MERGES.   align: False starts a chunk when it arrives instead of when it is due, as naive robots do.
+    """
+
+    def __init__(self, robot: RobotSpec, horizon: int, dt: float, *, merge: str = "naive", execute: int = 8, knot: float = 1.0, align: bool = True,
+                 decay: float = 0.1):
+        if merge not in MERGES:
+            raise ValueError(f"merge {merge!r} is unknown; use one of {', '.join(MERGES)}")
+        if not 1 <= execute < horizon:
+            raise ValueError(f"execute={execute} must be between 1 and {horizon - 1}: a plan of {horizon} actions must outlast its successor's planning")
+        if not 0 <= knot <= 1:
+            raise ValueError(f"knot={knot} must be between 0 and 1")
+        self.robot, self.horizon, self.dt, self.merge, self.execute = robot, horizon, dt, merge, execute
+        self.knot, self.align, self.decay = knot, align, decay
+        self.lower, self.upper = np.asarray(robot.lower, float), np.asarray(robot.upper, float)
+        self.most = np.asarray(robot.step, float) if len(robot.step) else SPEED * np.asarray(robot.velocity, float) * dt
+        self.delays: deque[float] = deque(maxlen=KEPT)
+        self.counts: Counter[str] = Counter()
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is planned; what is known about delays stays."""
+        self.now: Following | None = None
+        self.next: Following | None = None  # accepted too late to join the plan it continues; takes over where the two meet
+        self.committed_to = -math.inf       # s: until then the planner was promised the old plan
+
+    def refuse(self, chunk: Chunk, now: float, q: np.ndarray) -> str:
+        """Why a chunk must not move the robot, '' when it may: the whole chunk, never a part of it.   q: (dof,) commanded at `now`."""
+        a = chunk.actions
+        if a.shape != (self.horizon, self.robot.dof):
+            return f"shape: {a.shape} instead of {(self.horizon, self.robot.dof)}"
+        if not np.isfinite(a).all():
+            return "not_finite: NaN or infinity"
+        if abs(chunk.dt - self.dt) > 1e-9:
+            return f"rate: actions {chunk.dt} s apart instead of {self.dt}"
+        if self.now is not None and self.align and chunk.t0 <= self.now.t0:
+            return "order: not younger than the plan that is followed"
+        if now + self.dt > chunk.t0 + (self.horizon - 1 + self.knot) * self.dt:
+            return "late: all of it has passed"
+        wide = MARGIN * (self.upper - self.lower)
+        if (bad := (a < self.lower - wide) | (a > self.upper + wide)).any():
+            i, j = np.argwhere(bad)[0]
+            return f"limits: {self.robot.joints[j]} to {a[i, j]:.4g}, outside {self.lower[j]:g} … {self.upper[j]:g} {self.robot.units[j]}"
+        if (bad := np.abs(np.diff(a, axis=0)) > self.most).any():
+            i, j = np.argwhere(bad)[0]
+            return f"speed: {self.robot.joints[j]} by {a[i + 1, j] - a[i, j]:.3g} {self.robot.units[j]} in one step, {self.most[j]:.3g} allowed"
+        at = min(max(0.0, (now - chunk.t0) / self.dt), self.horizon - 1) if self.align else 0.0
+        jump = shifted(a[None], at, 1)[0][0, 0] - q
+        if (bad := np.abs(jump) > 2 * self.most).any():
+            j = int(np.argmax(bad))
+            return f"jump: {self.robot.joints[j]} starts {jump[j]:.3g} {self.robot.units[j]} from where it is commanded to be, {2 * self.most[j]:.3g} allowed"
+        return ""
+
+    def accept(self, chunk: Chunk, now: float, q: np.ndarray) -> float:
+        """Follow it from `now` (what is sent before is fixed); the seam: largest change of what is due then, in shares of `step`.
+
+        From its observation to `now` is the delay that the planner is told to expect.
+        """
+        t0 = chunk.t0 if self.align else now
+        self.delays.append(now - chunk.t0)
+        before = self.target(np.array([now]))[0][0] if self.covers(now, now) else None
+        anchor = self.target(np.array([t0]))[0][0] if self.now is not None and self.align and self.covers(t0, t0) else q
+        old = self.now
+        plan = Plan.of(chunk.actions[None]) if old is None else take_over(old.plan, chunk.actions[None], (t0 - old.t0) / self.dt, self.merge, decay=self.decay)
+        new = Following(plan, t0, np.concatenate([anchor[None], plan.actions[0]]))
+        self.next = None
+        if self.merge in CONTINUES and before is not None and now > self.committed_to + 1e-9:
+            self.counts["overruns"] += 1
+            self.next = new
+            self.meet(now)
+        else:
+            self.now = new
+        after = self.target(np.array([now]))[0][0]
+        return 0.0 if before is None else float(np.abs((after - before) / self.most).max())
+
+    def meet(self, now: float) -> None:
+        """Let a plan that came too late take over as soon as it is near the one that is followed, at the latest when that one ends."""
+        if self.next is None:
+            return
+        gap = np.abs(self._at(self.next, np.array([now]))[0] - self.target(np.array([now]))[0]) / self.most
+        if gap.max() < 0.1 or not self.covers(now, now + 2 * self.dt):
+            self.now, self.next = self.next, None
+
+    def covers(self, start: float, end: float) -> bool:
+        """Whether there is a plan from start to end [s]."""
+        return self.now is not None and start >= self.now.t0 - self.dt and end <= self.end
+
+    @property
+    def end(self) -> float:
+        """s: when the plan ends, -inf without one."""
+        return -math.inf if self.now is None else self.now.t0 + (self.horizon - 1 + self.knot) * self.dt
+
+    def target(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and velocities (n, dof) that are due at times (n,) [s]."""
+        assert self.now is not None
+        return self._at(self.now, times)
+
+    def _at(self, one: Following, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        q, dq = cubic(one.knots, (times - one.t0) / self.dt + 1 - self.knot)
+        return q, dq / self.dt
+
+    def promised(self, t_obs: float, period: float) -> tuple[np.ndarray | None, int]:
+        """What is going to be executed from t_obs on, (p, dof) actions, and how many of them surely will, by the longest of the last delays.
+
+        None where nothing is promised.   period: s of a control period, until delays have been measured.
+        """
+        if self.now is None or self.merge not in CONTINUES:
+            return None, 0
+        ahead, known = shifted(self.now.plan.actions, (t_obs - self.now.t0) / self.dt, self.horizon)
+        p = int(known.sum())
+        if not p or not known[0]:
+            return None, 0
+        delay = max(self.delays, default=self.dt + period)
+        committed = min(p, max(0, math.ceil(delay / self.dt - self.knot) + 1))
+        self.committed_to = t_obs + delay
+        return ahead[0, :p], committed
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to plan from a new observation."""
+        return self.now is None or now - self.now.t0 >= self.execute * self.dt - 1e-9

@@ -1,0 +1,165 @@
+"""What a deployment leaves to look at: the timeline of chunks, modes, joints and lateness, the video of the simulated robot, the page."""
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from policy import page
+from policy.serve.journal import Journal
+from policy.serve.robot import RobotSpec
+from policy.train.log import console
+
+COLOURS = {"RUN": "#15935a", "DEGRADED": "#d97706", "BRAKE": "#d33c3c", "HOLD": "#2563eb", "STOP": "#1b1f24"}
+SHOWN = 12.0  # s of the timeline that are drawn: the first
+
+
+def write(folder: Path, facts: dict[str, Any], journal: Journal, robot: RobotSpec, node: DictConfig) -> Path:
+    """deploy.json, timeline.png, video.mp4 where there is a simulated robot's log, report.html."""
+    page.save_json(folder / "deploy.json", facts)
+    timeline(folder / "timeline.png", journal, robot)
+    films = film(folder, node) if (folder / "robot.npz").exists() else {}
+    parts = [head(facts, robot), cards(facts), '<h2>What happened</h2><div class="card"><img src="timeline.png" style="width:100%"></div>',
+             page.videos(folder, films), events(journal), numbers(facts)]
+    return page.write(folder / "report.html", f"{robot.name} · deployment", parts)
+
+
+def head(facts: dict[str, Any], robot: RobotSpec) -> str:
+    rows = facts.get("episodes") or []
+    wins = sum(r["success"] for r in rows)
+    said = f"{wins} of {page.counted(len(rows), 'episode')} succeeded; " if rows else ""
+    return (f'<header><div class="over">deployment</div><h1>{escape(robot.name)}</h1><p class="soft">{said}server, bridge and robot in processes of their own; '
+            f'merge {escape(str(facts.get("merge")))}, {1e3 * facts.get("delay", 0):.0f} ms added to every plan, control at {robot.rate:g} Hz, '
+            f'{escape(str(facts["obtained"].get("scheduler")))}</p></header>')
+
+
+def cards(facts: dict[str, Any]) -> str:
+    def card(name: str, value: str, note: str = "") -> str:
+        return f'<div class="card"><span class="soft">{name}</span><b>{value}</b><small>{note}</small></div>'
+    late, plan, rtt, delay = (facts.get(k) or {} for k in ("late_ms", "plan_ms", "rtt_ms", "delay_steps"))
+    shown = [card("control lateness p99", f"{late['p99']:.2f} ms",
+                  f"median {late['p50']:.2f}, most {late['max']:.2f}; {facts.get('missed')} periods missed") if late else "",
+             card("plan", f"{plan['p50']:.1f} ms", f"p99 {plan['p99']:.1f}") if plan else "",
+             card("round trip", f"{rtt['p50']:.1f} ms", f"p99 {rtt['p99']:.1f}") if rtt else "",
+             card("delay", f"{delay['p50']:.1f} steps", f"most {delay['max']:.1f}") if delay else "",
+             card("chunks", f"{facts['counts'].get('chunks', 0)}", ", ".join(f"{k} {v}" for k, v in facts["counts"].items() if k not in ("chunks", "asked"))),
+             card("running", f"{100 * sum(facts.get('modes', {}).get(m, 0) for m in ('RUN', 'DEGRADED')):.0f} %", "of the control periods")]
+    return f'<section class="cards">{"".join(shown)}</section>'
+
+
+def numbers(facts: dict[str, Any]) -> str:
+    import json
+    return f"<details><summary>All numbers</summary><pre>{escape(json.dumps(facts, indent=1, default=str))}</pre></details>"
+
+
+def events(journal: Journal) -> str:
+    rows = [e for e in journal.events if e["event"] in ("mode", "refused", "rearmed", "stop_failed")][:200]
+    start = journal.events[0]["t"] if journal.events else 0.0
+    cells = ([f"{e['t'] - start:.2f} s", e["event"], str(e.get("mode", "")), str(e.get("why", ""))] for e in rows)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in cells)
+    return f'<h2>Events</h2><div class="card wide"><table><tr><th>time</th><th>event</th><th>mode</th><th>why</th></tr>{body}</table></div>' if body else ""
+
+
+def timeline(out: Path, journal: Journal, robot: RobotSpec) -> None:
+    """Chunks from observation to end with the moment they landed; modes; every joint commanded and measured; lateness."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    a = journal.arrays()
+    if not len(a["t"]):
+        return
+    t0 = float(a["t"][0])
+    t, keep = a["t"] - t0, a["t"] - t0 <= SHOWN
+    joints = min(robot.dof, 8)
+    fig, axes = plt.subplots(joints + 3, 1, figsize=(12, 4.5 + 1.05 * joints), dpi=110, sharex=True,
+                             gridspec_kw={"height_ratios": [1.7, 0.35, *([1] * joints), 0.8]})
+    for i, c in enumerate(journal.chunks):
+        start, landed, end = c["t0"] - t0, c["landed"] - t0, c["end"] - t0
+        if start > SHOWN:
+            break
+        y = -(i % 6)
+        axes[0].plot([start, landed], [y, y], color="#c6ccd2", lw=5, solid_capstyle="butt")
+        axes[0].plot([landed, end], [y, y], color="#2563eb", lw=5, alpha=0.75, solid_capstyle="butt")
+        axes[0].plot([start], [y], "|", color="#1b1f24", ms=9)
+    axes[0].set(yticks=[], ylabel="chunks", title="observed |, planned and sent (grey), in force until the next or the end (blue)")
+    for mode, colour in COLOURS.items():
+        axes[1].fill_between(t[keep], 0, 1, where=(a["mode"] == mode)[keep], step="post", color=colour, label=mode, lw=0)
+    axes[1].set(yticks=[], ylabel="mode", ylim=(0, 1))
+    axes[1].legend(ncol=5, fontsize=7, loc="upper left", bbox_to_anchor=(0, 2.3), frameon=False)
+    jumps = np.r_[False, np.diff(t) > 1.5 / robot.rate]  # between episodes
+
+    def line(ax: Any, x: np.ndarray, **style: Any) -> None:
+        ax.plot(t[keep], np.where(jumps, np.nan, x)[keep], **style)
+
+    for j in range(joints):
+        ax = axes[2 + j]
+        line(ax, a["measured"][:, j], color="#d97706", lw=1.6, label="measured")
+        line(ax, a["q"][:, j], color="#1b1f24", lw=0.9, label="commanded")
+        ax.set_ylabel(f"{robot.joints[j]}\n{robot.units[j]}", fontsize=8)
+        ax.tick_params(labelsize=7)
+        if j == 0:
+            ax.legend(fontsize=7, loc="upper right", ncol=2, frameon=False)
+    axes[-1].plot(t[keep], 1e3 * a["late"][keep], color="#667079", lw=0.8)
+    axes[-1].set(ylabel="late, ms", xlabel="s")
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout(h_pad=0.2)
+    fig.savefig(out)
+    plt.close(fig)
+
+
+def film(folder: Path, node: DictConfig) -> dict[str, Any]:
+    """video.mp4 of what the simulated robot's log holds, {} where it cannot be drawn."""
+    try:
+        import imageio
+
+        from envs import render
+        from scripts.deploy_film import states
+        task, qpos, mocap, fps = states(folder / "robot.npz", OmegaConf.to_container(node, resolve=True))
+        frames = render.frames(task.model, qpos, mocap, camera=task.camera, size=384)
+        imageio.mimwrite(folder / "video.mp4", list(frames), fps=fps, codec="libx264", quality=7)  # type: ignore[arg-type]
+    except Exception as e:
+        console.print(f"[yellow]no video: {e}. The numbers are saved; `dipole doctor` says how to get a GL backend[/]", highlight=False)
+        return {}
+    return {"videos": [{"file": "video.mp4", "caption": "the simulated robot, real time", "wide": True}]}
+
+
+def write_evaluation(folder: Path, result: dict[str, Any]) -> Path:
+    page.save_json(folder / "deploy.json", result)
+    body = "".join(f"<tr><td>{name}</td><td>{success}</td><td>{ci}</td>" + "".join(f"<td>{x}</td>" for x in rest) + "</tr>"
+                   for name, success, ci, *rest in lines(result))
+    names = "".join(f"<th>{n}</th>" for n in COLUMNS)
+    parts = [f'<header><div class="over">deployment</div><h1>{escape(result["robot"])}</h1><p class="soft">success through server, bridge and robot in three '
+             "processes, in real time, beside the simulator's own loop on the same seeds</p></header>",
+             f'<div class="card wide"><table><tr>{names}</tr>{body}</table></div>', numbers(result)]
+    return page.write(folder / "report.html", f"{result['robot']} · deployment", parts)
+
+
+COLUMNS = ("planning delay", "success", "95 % interval", "s to success", "late p99, ms", "missed", "delay, steps", "seam p99", "running")
+
+
+def lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    inside, rows = result["in_process"], []
+    if inside:
+        rows.append(("in process", f"{inside['success']:.1%}", span(inside["success_ci"]), *[""] * 6))
+    for r in result["rows"]:
+        name = f"{1e3 * r['delay']:.0f} ms" + ("" if r["aligned"] else ", not aligned")
+        share = sum(r.get("modes", {}).get(m, 0) for m in ("RUN", "DEGRADED"))
+        rows.append((name, f"{r['success']:.1%}", span(r["success_ci"]), f"{r['seconds']:.2f}", f"{r['late_ms']['p99']:.2f}", str(r["missed"]),
+                     f"{r['delay_steps']['p50']:.1f}", f"{r['seam']['p99']:.2f}", f"{share:.0%}"))
+    return rows
+
+
+def span(ci: Any) -> str:
+    return f"[{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]"
+
+
+def table(result: dict[str, Any]) -> Table:
+    found = Table(title=result["robot"])
+    for name in COLUMNS:
+        found.add_column(name)
+    for row in lines(result):
+        found.add_row(*row)
+    return found

@@ -1,0 +1,84 @@
+"""What the deploy verb needs of others: a server process of its own, whether policy and robot fit, the in-process result to compare with."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from policy.page import read_json
+from policy.serve.card import Card
+from policy.serve.robot import RobotSpec
+
+READY = re.compile(r"wss?://[\w.:\[\]-]+")
+
+
+def token(file: str | None) -> str | None:
+    """From the file, else the environment's DIPOLE_TOKEN; None when there is neither."""
+    return Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("DIPOLE_TOKEN")
+
+
+def executed(run: str | None) -> int | None:
+    """How many actions of a plan the run was evaluated with; None when that is not known here."""
+    config = Path(run) / "config.yaml" if run else None
+    return OmegaConf.select(OmegaConf.load(config), "control.execute") if config and config.exists() else None
+
+
+def misfit(card: Card, robot: RobotSpec) -> str:
+    """Why this policy cannot drive this robot; '' when it can."""
+    wrong = []
+    if card.action_dim != robot.dof:
+        wrong.append(f"it plans {card.action_dim} action dimensions, the robot has {robot.dof} joints ({', '.join(robot.joints)})")
+    if robot.task and card.task and card.task.lower().replace("_", "") != robot.task.lower().replace("_", ""):
+        wrong.append(f"it was trained for {card.task}, the robot does {robot.task}")
+    return "; ".join(wrong)
+
+
+@contextmanager
+def server(cfg: DictConfig, delay: float, log: Path, seconds: float = 180.0) -> Iterator[str]:
+    """`dipole serve` of cfg.run or cfg.artifact in a process of its own on a free port; its address. OSError with its last words when it does not start."""
+    source = f"run={cfg.run}" if cfg.run else f"artifact={cfg.artifact}"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as out:
+        process = subprocess.Popen([sys.executable, "-m", "scripts.cli", "serve", source, "port=0", f"delay={delay}", *cfg.serve],
+                                   stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        yield _address(process, log, seconds)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := READY.search(log.read_text(encoding="utf-8", errors="replace")):
+            return found[0]
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+    raise OSError(f"the planner server did not start within {seconds:.0f} s: {' '.join(last) or 'it said nothing'} (all of it: {log})")
+
+
+def in_process(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """`dipole eval` of the same seeds: {success, success_ci}; empty when there is no run to evaluate."""
+    if not cfg.run:
+        return {}
+    out = folder / "in_process"
+    done = subprocess.run([sys.executable, "-m", "scripts.cli", "eval", f"run={cfg.run}", f"episodes={cfg.episodes}", f"seed={cfg.seed}", "videos=0",
+                           f"out={out}"], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"dipole eval run={cfg.run} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+    metrics = read_json(out / "metrics.json")
+    return {k: metrics[k] for k in ("success", "success_ci", "episodes", "plan_ms")}
