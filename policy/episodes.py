@@ -129,9 +129,11 @@ def smoothness(actions: Sequence[np.ndarray], execute: int, delay: int, action_r
     seam: mean |a_t - a_{t-1}| where another plan takes over, inside: everywhere else, both as a share of the action range (the seen one
     where there are no bounds);   seam_ratio: the one over the other, 1 when plans join as smoothly as they run.
     jerk (d,): RMS of the third difference, action units / s³;   jerk_normalised: of all dimensions, action ranges / s³ (per step³ without fps).
+    accel_peak: mean over episodes of the largest norm of the second difference, action units / s²;   accel_peak_normalised: action ranges / s².
+    range (d,): what each dimension's range was taken to be.
     """
     if not (every := [a for a in actions if len(a)]):
-        return {"seam": None, "inside": None, "seam_ratio": None, "jerk": None, "jerk_normalised": None}
+        return dict.fromkeys(("seam", "inside", "seam_ratio", "jerk", "jerk_normalised", "accel_peak", "accel_peak_normalised", "range"))
     joined = np.concatenate(every).astype(float)
     scale = np.where(np.isfinite(action_range) & (action_range > 0), action_range, np.ptp(joined, axis=0))
     scale = np.where(scale > 0, scale, 1.0)
@@ -144,7 +146,10 @@ def smoothness(actions: Sequence[np.ndarray], execute: int, delay: int, action_r
         insides.append(jump[~border])
         thirds.append(np.diff(a, n=3, axis=0))
     seam, inside = mean(np.concatenate(seams)), mean(np.concatenate(insides))  # type: ignore[arg-type]
+    seconds = [np.diff(a.astype(float), n=2, axis=0) * (fps or 1) ** 2 for a in every if len(a) > 2]
     third = np.concatenate(thirds) * (fps or 1) ** 3
     return {"seam": seam, "inside": inside, "seam_ratio": seam / inside if seam is not None and inside else None,
             "jerk": np.sqrt((third**2).mean(0)).tolist() if len(third) else None,
-            "jerk_normalised": float(np.sqrt(((third / scale) ** 2).mean())) if len(third) else None}
+            "jerk_normalised": float(np.sqrt(((third / scale) ** 2).mean())) if len(third) else None,
+            "accel_peak": mean([np.linalg.norm(a, axis=1).max() for a in seconds]),
+            "accel_peak_normalised": mean([np.linalg.norm(a / scale, axis=1).max() for a in seconds]), "range": scale.tolist()}

@@ -2,16 +2,19 @@
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from policy.data.normalize import Normalizer
 from policy.diffusion.denoiser import Denoiser
-from policy.diffusion.guides import HARD, WITHOUT_GRADIENT, BestOf, Frame, Undefined, base, cfg, pin, scores
+from policy.diffusion.guides import HARD, WITHOUT_GRADIENT, BestOf, Frame, Undefined, base, cfg, scores
 from policy.diffusion.objective import JUMPS, Objective, denoising, discrete, inside
 from policy.diffusion.path import grid
+from policy.diffusion.rtc import Promise
 from policy.diffusion.samplers import Draw, Sampler, consistency, first_order
+from policy.timeline import CONTINUES, MERGES, soft_mask
 from policy.types import Batch, Cond, Denoise, Obs, Spec, shape
 
 Guide = Callable[[Denoise, Frame], Denoise]
@@ -24,16 +27,24 @@ class Planner(nn.Module):
     order, the last one outermost.   objective: what training minimises (policy.diffusion.objective).   padding_loss: whether actions repeated
     behind an episode's end are learned (the robot learns to stop there).   obs_noise: standard deviation added to normalised observations in
     training, against overfitting few demonstrations.   cond_drop: share of training samples without condition, for classifier-free guidance.
+    rtc: most first steps of a chunk that training shows as known (training-time real-time chunking, arXiv 2512.05964), for merge=prefix; the
+    denoiser's network must be a policy.nets.prefix.Prefix then.
     """
 
     def __init__(self, spec: Spec, normalizer: Normalizer, encoder: nn.Module, denoiser: Denoiser, *, sampler: Sampler = first_order,
                  steps: int = 10, spacing: str | Sequence[float] = "trailing", temperature: float = 1.0, guides: Sequence[Guide | BestOf] = (),
-                 objective: Objective = denoising, padding_loss: bool = False, obs_noise: float = 0.0, cond_drop: float = 0.0):
+                 objective: Objective = denoising, padding_loss: bool = False, obs_noise: float = 0.0, cond_drop: float = 0.0,
+                 rtc: int = 0):
         super().__init__()
         self.spec, self.normalizer, self.encoder, self.denoiser, self.objective = spec, normalizer, encoder, denoiser, objective
         if not 0 <= cond_drop < 1 or not obs_noise >= 0:
             raise ValueError(f"cond_drop={cond_drop} must lie in [0, 1) and obs_noise={obs_noise} not be negative")
-        self.padding_loss, self.obs_noise, self.cond_drop = padding_loss, obs_noise, cond_drop
+        if not 0 <= rtc < spec.horizon:
+            raise ValueError(f"rtc={rtc} known steps must be fewer than the horizon {spec.horizon}")
+        if rtc and inside(objective)[0] is not denoising:
+            raise ValueError("train.rtc teaches a network to denoise beside known steps: it needs objective=denoising. A consistency model, or a student "
+                             "of a run trained with it, cannot be told them: train without rtc and plan with control.merge=frozen or guided")
+        self.padding_loss, self.obs_noise, self.cond_drop, self.rtc = padding_loss, obs_noise, cond_drop, rtc
         self._try_objective()
         self.set_sampler(sampler, steps, spacing, temperature)
         self.set_guides(guides)
@@ -115,10 +126,16 @@ class Planner(nn.Module):
         if self.training and self.cond_drop:
             cond = cond.drop(self.cond_drop)
         x0 = self.normalizer.encode({"action": batch.action})["action"]
-        loss = self.objective(self.denoiser, x0, cond, progress).mean(-1)
-        if self.padding_loss:
+        weight = torch.ones_like(batch.valid) if self.padding_loss else batch.valid
+        told: dict[str, Tensor] = {}
+        if self.rtc:
+            steps = torch.randint(0, self.rtc + 1, (len(x0), 1), device=x0.device)
+            told["known"] = torch.arange(x0.shape[1], device=x0.device) < steps
+            weight = weight & ~told["known"]
+        loss = self.objective(self.denoiser, x0, cond, progress, **told).mean(-1)
+        if self.padding_loss and not self.rtc:
             return loss.mean(-1)
-        weight = batch.valid.to(loss.dtype)
+        weight = weight.to(loss.dtype)
         return (loss * weight).sum(-1) / weight.sum(-1).clamp_min(1)
 
     def encode(self, obs: Obs) -> Cond:
@@ -141,51 +158,97 @@ class Planner(nn.Module):
         return Frame(self.denoiser.path, obs, lambda x: self.normalizer.decode({"action": x})["action"],
                      lambda actions: self.normalizer.encode({"action": actions})["action"])
 
-    def plan(self, obs: Obs, *, noise: Tensor | None = None, prefix: Tensor | None = None, draw: Draw = torch.randn_like) -> Tensor:
+    def plan(self, obs: Obs, *, noise: Tensor | None = None, prefix: Tensor | None = None, committed: int | None = None, merge: str = "frozen",
+             warm: float | None = None, limit: float = 5.0, prior: float = 1.0, draw: Draw = torch.randn_like) -> Tensor:
         """Actions (b, t, d) in physical units; plan[:, 0] is due now.
 
         obs: {key: (b, t_obs, *shape)} in physical units.   noise: (b, t, d) standard normal, drawn when absent; the same noise gives the
         same plan with a deterministic sampler, and with a stochastic one when draw (x -> noise like x) gives the same too.
-        prefix: (b, p, d) physical actions already promised: the plan starts with exactly these.
+        prefix: (b, p, d) physical actions already promised from now on.   committed: how many of them are going to be executed whatever the plan
+        says, all when absent.   merge: what is made of them. naive, ensemble: nothing.   frozen: the plan is denoised around the committed ones.
+        guided: it is pulled towards all, by real-time chunking with this limit and prior (policy.diffusion.rtc).   identity: the same without the
+        Jacobian.   prefix: the network is told the committed ones; it must have been trained so.   But for the first two, the plan starts with
+        exactly the committed ones.
+        warm: noise time in (0, 1] to start from, at the noised prefix (its last action repeated) instead of noise alone: the solver's steps above
+        it are left out. Goes with every merge; without a prefix it does nothing.
         """
+        past = None if prefix is None else self._past(prefix, committed, merge, warm, limit, prior)
         chosen = next((g for g in self.guides if isinstance(g, BestOf)), None)
         if chosen is not None:
-            return self._best(chosen, obs, noise, prefix, draw)
-        return self.sample(obs, self.encode(obs), noise=noise, prefix=prefix, draw=draw)
+            return self._best(chosen, obs, noise, past, draw)
+        return self.sample(obs, self.encode(obs), noise=noise, past=past, draw=draw)
 
-    def sample(self, obs: Obs, cond: Cond, *, noise: Tensor | None = None, prefix: Tensor | None = None, draw: Draw = torch.randn_like) -> Tensor:
+    def _past(self, prefix: Tensor, committed: int | None, merge: str, warm: float | None, limit: float, prior: float) -> "Past":
+        p = shape(prefix, "b p d", b=len(prefix), d=self.spec.action_dim)[1]
+        committed = p if committed is None else committed
+        if p > self.spec.horizon:
+            raise ValueError(f"prefix promises {p} actions, more than the horizon {self.spec.horizon}")
+        if not 0 <= committed <= p:
+            raise ValueError(f"committed={committed} steps must be among the {p} that the prefix promises")
+        if merge not in MERGES:
+            raise ValueError(f"merge {merge!r} is unknown; use one of {', '.join(MERGES)}")
+        if warm is not None and not 0 < warm <= 1:
+            raise ValueError(f"warm={warm!r} must be a noise time above 0 and not above 1")
+        if merge == "prefix" and committed > self.rtc:
+            raise ValueError(f"merge=prefix goes on from {committed} known steps, and this policy learned to from {self.rtc or 'none'}: "
+                             f"train with train.rtc={max(committed, 1)} or more, or use merge=frozen or guided, which need no training")
+        return Past(prefix, committed, merge, warm, limit, prior)
+
+    def sample(self, obs: Obs, cond: Cond, *, noise: Tensor | None = None, past: "Past | None" = None, draw: Draw = torch.randn_like) -> Tensor:
         """plan, for a condition that is encoded already; no BestOf."""
-        if torch.is_inference_mode_enabled() and any(base(g) not in WITHOUT_GRADIENT for g in self.guides):
+        if torch.is_inference_mode_enabled() and ((past and past.merge == "guided") or any(base(g) not in WITHOUT_GRADIENT for g in self.guides)):
             with torch.inference_mode(False), torch.no_grad():
                 # inference mode is the quicker, but its tensors take no part in gradients
-                noise, prefix = (None if x is None else x.clone() for x in (noise, prefix))
-                return self.sample({k: v.clone() for k, v in obs.items()}, cond.map(torch.clone), noise=noise, prefix=prefix, draw=draw)
+                past = past and past.map(torch.clone)
+                return self.sample({k: v.clone() for k, v in obs.items()}, cond.map(torch.clone), noise=None if noise is None else noise.clone(),
+                                   past=past, draw=draw)
         b = len(cond.tokens)
         size = (b, self.spec.horizon, self.spec.action_dim)
         if noise is None:
             noise = torch.randn(size, device=cond.tokens.device, dtype=cond.tokens.dtype)
         shape(noise, "b t d", b=b, t=size[1], d=size[2])
         frame = self.frame(obs)
-        denoise = self._wrap(self.guides, self.denoiser, frame)
-        settle = self._wrap([g for g in self.guides if base(g) in HARD], lambda x, tau, cond: x, frame)
-        if prefix is not None:
-            _, p, _ = shape(prefix, "b p d", b=b, d=size[2])
-            if p > size[1]:
-                raise ValueError(f"prefix promises {p} actions, more than the horizon {size[1]}")
-            known = torch.zeros_like(noise)
-            known[:, :p] = self.normalizer.encode({"action": prefix})["action"]
-            mask = torch.arange(size[1], device=noise.device)[:, None] < p
-            denoise, settle = pin(denoise, known=known, mask=mask), pin(settle, known=known, mask=mask)
+        denoise: Denoise = self.denoiser
+        settle: Denoise = self._wrap([g for g in self.guides if base(g) in HARD], lambda x, tau, cond: x, frame)
+        promise = None
+        if past is not None:
+            shape(past.prefix, "b p d", b=b, d=size[2])
+            promise = self._promise(past, noise)
+            denoise, settle = promise.inside(denoise, self.denoiser.path), promise.outside(settle)
+        denoise = self._wrap(self.guides, denoise, frame)
+        if promise is not None:
+            denoise = promise.outside(denoise)
         options = {"draw": lambda x: self.temperature * draw(x)} if self.noisy else {}
-        start = noise * (self.temperature * self.denoiser.path.start_std(self.taus[0]))
-        x = self.sampler(denoise, self.denoiser.path, start, self.taus, cond, **options)
+        start, taus = self._start(noise, past)
+        x = self.sampler(denoise, self.denoiser.path, start, taus, cond, **options)
         x = settle(x, x.new_zeros(b), cond)  # not every sampler ends on x0_hat, nor are the hard guides always outermost
         actions = self.normalizer.decode({"action": x})["action"]
-        if prefix is not None:
-            actions = torch.cat([prefix, actions[:, prefix.shape[1]:]], 1)
+        if past is not None and past.merge in CONTINUES:
+            actions = torch.cat([past.prefix[:, :past.committed], actions[:, past.committed:]], 1)
         return actions
 
-    def _best(self, best: BestOf, obs: Obs, noise: Tensor | None, prefix: Tensor | None, draw: Draw) -> Tensor:
+    def _promise(self, past: "Past", like: Tensor) -> Promise:
+        p, t = past.prefix.shape[1], like.shape[1]
+        known = torch.zeros_like(like)
+        known[:, :p] = self.normalizer.encode({"action": past.prefix})["action"]
+        weight = torch.from_numpy(soft_mask(t, past.committed, p)).to(like)[:, None]
+        return Promise(known, past.committed, weight, past.merge, past.limit, past.prior)
+
+    def _start(self, noise: Tensor, past: "Past | None") -> tuple[Tensor, Sequence[float]]:
+        """Where the sampler starts, and its times from there on."""
+        taus, path = self.taus, self.denoiser.path
+        if past is None or past.warm is None or not past.prefix.shape[1]:
+            return noise * (self.temperature * path.start_std(taus[0])), taus
+        taus = [t for t in taus if t <= past.warm + 1e-6]
+        if len(taus) < 2:
+            raise ValueError(f"warm={past.warm} lies below the sampler's last noise time {self.taus[-2]:.3g}: nothing would be left to do. "
+                             f"Use warm={self.taus[-2]:.2g} or more, or more sampler.steps")
+        short = noise.shape[1] - past.prefix.shape[1]
+        guess = torch.cat([past.prefix, past.prefix[:, -1:].expand(-1, short, -1)], 1)
+        a = float(path.alpha(torch.tensor(taus[0], dtype=torch.float64)))
+        return a * self.normalizer.encode({"action": guess})["action"] + noise * (self.temperature * path.start_std(taus[0])), taus
+
+    def _best(self, best: BestOf, obs: Obs, noise: Tensor | None, past: "Past | None", draw: Draw) -> Tensor:
         n, cond = best.n, self.encode(obs)
         b, (t, d) = len(cond.tokens), (self.spec.horizon, self.spec.action_dim)
         obs, cond = {k: v.repeat_interleave(n, 0) for k, v in obs.items()}, cond.map(lambda x: x.repeat_interleave(n, 0))
@@ -195,10 +258,24 @@ class Planner(nn.Module):
         def each(x: Tensor) -> Tensor:  # one draw of every row for each of its candidates
             return torch.stack([draw(part) for part in x.unflatten(0, (b, n)).unbind(1)], 1).flatten(0, 1)
 
-        plans = self.sample(obs, cond, noise=starts, prefix=None if prefix is None else prefix.repeat_interleave(n, 0), draw=each)
+        plans = self.sample(obs, cond, noise=starts, past=past and past.map(lambda x: x.repeat_interleave(n, 0)), draw=each)
         value = scores(best.value, plans, obs)
         value = torch.where(plans.isfinite().flatten(1).all(1), value, -torch.inf)
         return plans.unflatten(0, (b, n))[torch.arange(b, device=plans.device), value.reshape(b, n).argmax(1)]
+
+
+@dataclass(frozen=True)
+class Past:
+    """The checked arguments of plan that say what is promised: prefix (b,p,d) in physical units."""
+    prefix: Tensor
+    committed: int
+    merge: str
+    warm: float | None
+    limit: float
+    prior: float
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Past":
+        return replace(self, prefix=fn(self.prefix))
 
 
 class _Nothing(nn.Module):

@@ -3,6 +3,8 @@
 One implementation for the simulator's `control.delay` and for the robot; numpy only, so that a robot needs no torch. A chunk is (n, t, d): n robots, its
 first action due when its observation was taken. Times here are in steps of the chunk, whole ones in the simulator, fractions on a robot.
 """
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,3 +77,14 @@ def soft_mask(horizon: int, committed: int, known: int) -> np.ndarray:
     weight = c * np.expm1(c) / (np.e - 1)
     weight[:committed], weight[known:] = 1, 0
     return weight
+
+
+def committed_steps(delays: Sequence[float], dt: float, most: int, *, last: int = 10) -> int:
+    """Steps that are going to be executed before a plan that is asked for now can act: those begun within the longest of the `last` delays [s].
+
+    dt: s between actions.   most: the answer is never above it (steps of the promised plan, or what the policy takes). 0 without delays.
+    Source: Black et al. 2025, algorithm 1: the maximum over a short buffer, so that one slow start-up is forgotten.
+    """
+    if not dt > 0 or not all(math.isfinite(d) and d >= 0 for d in delays):
+        raise ValueError(f"dt={dt} s must be above 0 and delays {list(delays)} s be finite and not negative")
+    return min(most, math.ceil(max(delays[-last:], default=0.0) / dt - 1e-9))

@@ -18,7 +18,8 @@ from scripts import common, films
 
 Evaluate = Callable[[DictConfig, Path], dict[str, Any]]
 SETTINGS = ("env", "checkpoint", "sampler", "control", "guide", "simulator")  # what makes two evaluations of a run one and the same
-AS_BEFORE: dict[str, Any] = {"control": {"delay": 0, "align": True}, "simulator": "threads"}  # of evaluations from before there was a choice
+AS_BEFORE: dict[str, Any] = {"control": {"delay": 0, "align": True, "merge": "naive", "warm": None, "limit": 5, "prior": 1},
+                             "simulator": "threads"}  # of evaluations from before there was a choice
 NOT_PHYSICS = ("workers", "timeout")
 LONG = 24  # characters of a name, beyond which a shorter one is looked for
 

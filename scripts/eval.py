@@ -17,7 +17,8 @@ from scripts.delay import delay
 from scripts.likelihood import likelihood
 from scripts.verb import verb
 
-NOT_IN_NAME = ("do", "run", "runs", "checkpoint", "videos", "video_seeds", "copies", "out", "threads", "lanes", "device", "resume", "delays", "naive")
+NOT_IN_NAME = ("do", "run", "runs", "checkpoint", "videos", "video_seeds", "copies", "out", "threads", "lanes", "device", "resume", "delays", "naive",
+               "merges", "adopt", "dims")
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:

@@ -33,13 +33,15 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
     common.check_task(cfg, spec)
     modes = cfg.normalize if isinstance(cfg.normalize, str) else common.plain(cfg.normalize)
     torch.manual_seed(cfg.train.seed)  # initial weights
-    config = common.planner_config(cfg)
+    told = common.plain(cfg.train)
+    rtc = delays_of(told.pop("rtc", False), cfg.horizon)
+    config = {**common.planner_config(cfg), **({"rtc": rtc} if rtc else {})}
     planner = checkpoint.build(config, spec, Normalizer.fit(data.arrays, modes), trust=list(cfg.trust)).to(device)
     if bool(cfg.teacher) != (inside(planner.objective)[0] is distillation):
         raise ValueError("a teacher and objective=distillation belong together: dipole distill sets both")
     if cfg.teacher:
         taught_by(planner, cfg)
-    settings = Settings(**{**common.plain(cfg.train), "betas": tuple(cfg.train.betas)})
+    settings = Settings(**{**told, "betas": tuple(cfg.train.betas)})
     last: dict[str, Any] = {}
 
     def rollout(planner: Planner, step: int) -> dict[str, Any]:
@@ -61,6 +63,13 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
         sweep.interrupted()
     losses = [row["loss"] for row in read_rows(folder / "train.jsonl") if "loss" in row]
     return {"folder": str(folder), "step": trainer.step, "cpu_s": trainer.cpu_s, "loss": losses[-1] if losses else None, **last}
+
+
+def delays_of(rtc: bool | int | None, horizon: int) -> int:
+    """Most steps of a plan that training shows as known: train.rtc in figures."""
+    if not isinstance(rtc, bool | int | None) or not 0 <= (rtc or 0) < horizon:
+        raise ValueError(f"train.rtc={rtc!r} must be true (half the horizon), false, or a whole number of steps below the horizon {horizon}")
+    return horizon // 2 if rtc is True else int(rtc or 0)
 
 
 def taught_by(planner: Planner, cfg: DictConfig) -> None:

@@ -154,7 +154,7 @@ def test_a_delay_curve(shell, run):  # noqa: F811
     acted = [load_actions(shell.folder / "late" / d / "actions.npz")[100000] for d in ("delay_0", "delay_3", "delay_3-not_aligned")]
     assert np.array_equal(acted[0][:4], acted[1][:4]) and np.array_equal(acted[1][:7], acted[2][:7])  # the first plan is in time, and acts for 4 + 3 steps
     assert not np.allclose(acted[0][4:7], acted[1][4:7]) and not np.allclose(acted[1][7:], acted[2][7:])
-    assert metrics(shell, "late/delay_3")["control"] == {"execute": 4, "delay": 3, "align": True}
+    assert metrics(shell, "late/delay_3")["control"].items() >= {"execute": 4, "delay": 3, "align": True, "merge": "naive"}.items()
     refused(shell("eval", "delay", "run=run", "delays=[0,9]"), "needs plans of 17", "control.execute=7")
     refused(shell("eval", "delay", "run=run", "delays=[3]"), "two whole numbers")
 

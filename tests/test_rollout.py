@@ -299,9 +299,13 @@ def test_smoothness_has_the_values_of_a_staircase():
     t = np.arange(50)[:, None] / 10
     cubic = smoothness([t**3 / 6 * np.array([1, -2, 0])], 8, 0, np.array([4.0, 2.0, 0.0]), 10)  # third derivative 1, -2 and 0
     assert cubic["jerk"] == pytest.approx([1, 2, 0], abs=1e-8) and cubic["jerk_normalised"] == pytest.approx(np.sqrt((1 / 16 + 1) / 3))
-    nothing = {"seam": None, "inside": None, "seam_ratio": None, "jerk": None, "jerk_normalised": None}
+    assert cubic["accel_peak"] == pytest.approx(4.8 * np.sqrt(5)) and cubic["accel_peak_normalised"] == pytest.approx(4.8 * np.sqrt(1 / 16 + 1))
+    both = smoothness([np.array([[0.0, 0], [0, 0], [3, 4], [3, 4]]), np.zeros((5, 2)), np.ones((2, 2))], 8, 0, np.array([2.0, 4.0]), 10)
+    assert both["accel_peak"] == pytest.approx(500 / 2) and both["range"] == [2, 4]  # a jump by 5 at 10 Hz, and none; two steps have no second difference
+    nothing = dict.fromkeys(("seam", "inside", "seam_ratio", "jerk", "jerk_normalised", "accel_peak", "accel_peak_normalised", "range"))
     assert smoothness([], 8, 0, np.ones(1), 10) == smoothness([np.zeros((1, 1))], 8, 0, np.ones(1), 10) == nothing
-    assert smoothness([np.ones((9, 1))], 8, 0, np.array([np.inf]), 0) == {**nothing, "seam": 0, "inside": 0, "jerk": [0], "jerk_normalised": 0}
+    still = {"seam": 0, "inside": 0, "seam_ratio": None, "jerk": [0], "jerk_normalised": 0, "accel_peak": 0, "accel_peak_normalised": 0, "range": [1]}
+    assert smoothness([np.ones((9, 1))], 8, 0, np.array([np.inf]), 0) == still
 
 
 def test_a_seam_is_where_the_controller_changes_plans():

@@ -82,17 +82,19 @@ def weight_of(name: str, denoiser: Denoiser, tau: Tensor, like: Tensor, *, gamma
 
 
 def denoising(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, progress: float = 0.0, *, density: Density = uniform, weight: str = "simple",
-              gamma: float = 5.0) -> Tensor:
-    """denoising_loss at times drawn from `density`, weighted."""
+              gamma: float = 5.0, known: Tensor | None = None) -> Tensor:
+    """denoising_loss at times drawn from `density`, weighted.   known: (b,t) bool, steps that enter clean and at noise time 0 of their own."""
     _positive(gamma=gamma)
     if weight == "elbo" and getattr(density, "func", density) is not uniform:
         raise ValueError("objective.weight=elbo is the variational bound for uniform times: use density=uniform")
     tau = density(len(x0), denoiser.path, x0)
+    if known is not None:
+        tau = torch.where(known, 0, tau[:, None])
     return weight_of(weight, denoiser, tau, x0, gamma=gamma) * denoising_loss(denoiser, x0, cond, tau)
 
 
 def denoising_loss(denoiser: Denoiser, x0: Tensor, cond: Cond | None = None, tau: Tensor | None = None, eps: Tensor | None = None) -> Tensor:
-    """Squared error of the network on its own target, (b,t,d). Without tau, each sample gets a uniform one up to path.tau_max."""
+    """Squared error of the network on its own target, (b,t,d). tau (b,) or (b,t); without it, each sample gets a uniform one up to path.tau_max."""
     tau = uniform(len(x0), denoiser.path, x0) if tau is None else tau
     eps = torch.randn_like(x0) if eps is None else eps
     x = denoiser.path.noise(x0, eps, tau)

@@ -20,6 +20,7 @@ from torch import Tensor
 from policy.data.normalize import Normalizer
 from policy.diffusion.denoiser import Denoiser
 from policy.diffusion.guides import BestOf
+from policy.nets.prefix import Prefix
 from policy.planner import Guide, Planner
 from policy.types import Spec
 
@@ -80,9 +81,12 @@ def build(config: dict[str, Any], spec: Spec, normalizer: Normalizer, *, trust: 
     """
     check_targets(config, (*OURS, *trust))
     encoder = instantiate(config["encoder"], obs=dict(spec.obs), t_obs=spec.t_obs)
-    net = instantiate(config["net"], action_dim=spec.action_dim, cond_shape=(encoder.tokens, encoder.dim), horizon=spec.horizon)
+    rtc = config.get("rtc", 0)
+    net = instantiate(config["net"], action_dim=spec.action_dim + bool(rtc), cond_shape=(encoder.tokens, encoder.dim), horizon=spec.horizon)
+    if rtc:
+        net = Prefix(net)
     denoiser = Denoiser(net, instantiate(config["schedule"]), **config["denoiser"])
-    learned = {k: config[k] for k in ("padding_loss", "obs_noise", "cond_drop") if k in config}
+    learned = {k: config[k] for k in ("padding_loss", "obs_noise", "cond_drop", "rtc") if k in config}
     objective = {"objective": instantiate(config["objective"])} if "objective" in config else {}
     return Planner(spec, normalizer, encoder, denoiser, guides=guides(config.get("guides"), trust), **objective, **learned,
                    **sampling(config["sampler"], trust))

@@ -205,7 +205,7 @@ class Trainer:
         if facts["windows"] != len(self.data):
             raise ValueError(f"the run was trained on {facts['windows']} windows, this dataset has {len(self.data)}: resuming would not continue it. "
                              "Point data.path at the same dataset, or start a new run")
-        kept = ("encoder", "net", "schedule", "denoiser", "objective", "padding_loss", "obs_noise", "cond_drop")
+        kept = ("encoder", "net", "schedule", "denoiser", "objective", "padding_loss", "obs_noise", "cond_drop", "rtc")
         learned = [k for k in kept if facts["planner"].get(k) != self.config.get(k)]
         if learned:
             raise ValueError(f"the run was trained with another {', '.join(learned)}: {({k: facts['planner'].get(k) for k in learned})}. "
