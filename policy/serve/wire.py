@@ -5,7 +5,7 @@ and returns one of the four classes below or raises WireError. The server knows 
 """
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -93,7 +93,7 @@ def fit(request: Observation, card: Card) -> None:
     if missing := [k for k in card.obs if k not in request.obs]:
         raise WireError("missing_key", f"the observation lacks {', '.join(missing)}", request.seq)
     if unknown := [k for k in request.obs if k not in card.obs]:
-        raise WireError("unknown_key", f"the model does not know {', '.join(unknown)} (known: {', '.join(card.obs)})", request.seq)
+        raise WireError("unknown_key", f"the model does not know {short(', '.join(unknown))} (known: {', '.join(card.obs)})", request.seq)
     for key, size in card.obs.items():
         _size(repr(key), request.obs[key], (card.t_obs, *size), request.seq)
     plan = (card.horizon, card.action_dim)
@@ -212,7 +212,7 @@ def _card(value: Any, limits: Limits) -> Card:
         ok = False
     if not ok:
         raise WireError("schema", "is not a model card")
-    return card
+    return replace(card, merges=tuple(card.merges), lower=tuple(card.lower), upper=tuple(card.upper))
 
 
 SCHEMA: dict[type, dict[str, Rule]] = {

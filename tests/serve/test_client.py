@@ -1,0 +1,307 @@
+"""The client against servers that die, hang, come back and lie. It never waits, never repeats, and believes only what it asked for."""
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("websockets", reason="pip install 'dipole[client]'")
+
+from policy.serve.client import Chunk, Expect, PlannerClient, PlannerError, Timeouts, WrongRobot
+from policy.serve.ledger import Asked, Ledger
+from policy.serve.packing import Limits, WireError
+from policy.serve.wire import Observation, Planned
+from tests.serve.far import CARD, ROOT, Far, free_port, obs, toy_server
+
+PATIENT = 20.0
+
+
+def until(true: Callable[[], object], timeout: float = PATIENT) -> None:
+    end = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+def newest(client: PlannerClient, timeout: float = PATIENT) -> Chunk:
+    found: list[Chunk] = []
+    until(lambda: found.extend(filter(None, [client.latest()])) or found, timeout)
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with toy_server() as far:
+        yield far
+
+
+@pytest.fixture(scope="module")
+def liar():
+    far = Far([sys.executable, "-m", "tests.serve.liar"])
+    yield far
+    far.process.kill()
+    far.process.wait(10)
+    far.process.stdout.close()
+
+
+def test_it_needs_neither_torch_nor_the_rest():
+    wanted = "{'torch', 'zarr', 'hydra', 'omegaconf', 'rich', 'diffusers', 'mujoco', 'gymnasium', 'safetensors', 'prometheus_client'}"
+    code = (f"import sys, policy.serve.client; print(sorted(set(m.split('.')[0] for m in sys.modules) & {wanted}), "
+            "sorted(m for m in sys.modules if m.startswith('policy')))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[] ")
+    ours = {"policy", "policy.serve", "policy.timeline", *(f"policy.serve.{m}" for m in ("card", "client", "expect", "ledger", "packing", "wire"))}
+    assert set(done.stdout.split("] ")[1].strip("[]\n").replace("'", "").split(", ")) == ours
+
+
+def test_a_chunk_comes_once_with_the_robots_own_time(server):
+    with PlannerClient(server.url) as client:
+        card = client.wait_ready(PATIENT)
+        assert card == CARD and client.connected
+        t = time.monotonic() - 0.25
+        seq = client.submit(obs(1, 2), t, epoch=7)
+        chunk = newest(client)
+        assert client.latest() is None and client.waiting == 0
+    assert (chunk.seq, chunk.epoch, chunk.t0, chunk.dt, chunk.model_id) == (seq, 7, t, CARD.dt, CARD.model_id)
+    assert chunk.actions.dtype == np.float64 and np.array_equal(chunk.actions, np.add.outer(np.arange(8), [1, 2]))
+    assert 0 < chunk.rtt_ms < 1e4
+    assert not client.connected
+
+
+def test_submit_returns_at_once_though_nobody_is_there():
+    with PlannerClient(f"ws://127.0.0.1:{free_port()}") as client:
+        start = time.monotonic()
+        for i in range(1000):
+            client.submit(obs(i), time.monotonic())
+        assert time.monotonic() - start < 2
+        assert client.latest() is None and client.waiting == 1  # the newest only
+        with pytest.raises(TimeoutError, match="no planner at ws://127"):
+            client.wait_ready(0.2)
+        until(lambda: client.stats.errors["unreachable"] >= 3)
+
+
+def test_the_caller_may_write_into_its_arrays_again(server):
+    with PlannerClient(server.url) as client:
+        client.wait_ready(PATIENT)
+        mine = obs(1, 2)
+        client.submit(mine, time.monotonic())
+        mine["x"][:] = 1  # before the thread had a chance to send it
+        assert newest(client).actions[0].tolist() == [1, 2]
+
+
+def test_chunks_of_another_epoch_are_dropped():
+    with toy_server(plan_ms=100.0) as far, PlannerClient(far.url) as client:
+        client.wait_ready(PATIENT)
+        client.submit(obs(1), time.monotonic(), epoch=1)
+        until(lambda: client.stats.sent == 1)
+        seq = client.submit(obs(2), time.monotonic(), epoch=2)
+        chunk = newest(client)
+    assert (chunk.seq, chunk.epoch, chunk.actions[0, 0]) == (seq, 2, 2)
+    assert client.stats.rejected["epoch"] + client.stats.errors["superseded"] == 1
+
+
+def test_what_passed_its_deadline_is_not_sent(server):
+    with PlannerClient(server.url) as client:
+        client.wait_ready(PATIENT)
+        with pytest.raises(PlannerError) as e:
+            client.plan(obs(), deadline_s=-1.0)
+        assert e.value.code == "expired" and client.stats.sent == 0
+
+
+def test_nothing_old_is_sent_after_a_reconnection():
+    port = free_port()
+    with PlannerClient(f"ws://127.0.0.1:{port}", timeouts=Timeouts(stale=0.3)) as client:
+        client.submit(obs(1), time.monotonic())
+        time.sleep(0.4)
+        with toy_server(port=port):
+            client.wait_ready(PATIENT)
+            until(lambda: client.stats.errors["stale"] == 1)
+            assert client.plan(obs(2), timeout=PATIENT).actions[0, 0] == 2
+            assert client.stats.sent == 1
+
+
+def test_it_reconnects_after_kill_9_and_asks_again():
+    port = free_port()
+    with PlannerClient(f"ws://127.0.0.1:{port}") as client:
+        for round_ in range(3):
+            with toy_server(port=port, plan_ms=50.0) as far:
+                client.wait_ready(PATIENT)
+                assert client.plan(obs(round_), timeout=PATIENT).actions[0, 0] == round_
+                client.submit(obs(99), time.monotonic())
+                until(lambda: client.waiting and client.stats.sent == 2 * round_ + 2)  # noqa: B023
+                far.signal(signal.SIGKILL)
+                until(lambda: not client.connected)
+                until(lambda: not client.waiting)  # what was on its way is given up
+        assert client.stats.connects == 3 and client.stats.errors["lost"] == 3
+
+
+def test_a_stopped_server_is_noticed_by_its_silence_and_taken_up_again():
+    """SIGSTOP: the kernel goes on accepting, nobody answers; half open for ever without pings."""
+    with toy_server() as far, PlannerClient(far.url, timeouts=Timeouts(ping=0.1, pong=0.3, open=0.5)) as client:
+        client.wait_ready(PATIENT)
+        far.signal(signal.SIGSTOP)
+        start = time.monotonic()
+        client.submit(obs(1), start)
+        until(lambda: not client.connected)
+        assert time.monotonic() - start < 5
+        until(lambda: client.stats.errors["timeout"] >= 1)  # the next handshakes run into it as well
+        far.signal(signal.SIGCONT)
+        client.wait_ready(PATIENT)
+        assert client.plan(obs(3), timeout=PATIENT).actions[0, 0] == 3
+
+
+@pytest.mark.parametrize("lie, reason", [("nan", "not_finite"), ("inf", "not_finite"), ("shape", "shape"), ("short", "shape"), ("whole", "shape"),
+                                         ("model", "model"), ("dt", "dt"), ("epoch", "unasked"), ("t_obs", "unasked"), ("seq", "unasked")])
+def test_a_chunk_that_was_not_asked_for_or_cannot_be_is_not_believed(liar, lie, reason):
+    with PlannerClient(f"{liar.url}/{lie}") as client:
+        client.wait_ready(PATIENT)
+        client.submit(obs(), time.monotonic())
+        until(lambda: client.stats.rejected[reason] == 1)
+        assert client.latest() is None and client.stats.chunks == 0 and client.connected
+
+
+def test_the_liar_is_believed_when_it_says_the_truth(liar):
+    with PlannerClient(f"{liar.url}/honest") as client:
+        assert client.plan(obs(), timeout=PATIENT).actions.shape == (8, 2)
+
+
+@pytest.mark.parametrize("noise, reason", [("garbage", "undecodable"), ("words", "undecodable"), ("hello", "schema"), ("echo", "schema")])
+def test_noise_between_is_counted_and_skipped(liar, noise, reason):
+    with PlannerClient(f"{liar.url}/{noise}") as client:
+        for _ in range(3):
+            assert client.plan(obs(), timeout=PATIENT).actions.shape == (8, 2)
+        assert client.stats.rejected == {reason: 3} and client.stats.connects == 1
+
+
+def test_a_second_answer_is_not_believed(liar):
+    with PlannerClient(f"{liar.url}/twice") as client:
+        client.wait_ready(PATIENT)
+        client.submit(obs(), time.monotonic())
+        until(lambda: client.stats.rejected["unasked"] == 1)
+        assert not newest(client).actions.any() and client.latest() is None
+
+
+@pytest.mark.parametrize("lie, text", [("no_hello", "no hello"), ("garbage_hello", "msgpack"), ("old", "version 9"), ("text", "binary"), ("mute", "answer")])
+def test_a_server_without_a_proper_hello_is_none(liar, lie, text):
+    with PlannerClient(f"{liar.url}/{lie}", timeouts=Timeouts(open=0.5)) as client:
+        until(lambda: text in client.trouble)
+        with pytest.raises(TimeoutError, match=text):
+            client.wait_ready(0.01)
+        assert not client.connected and client.stats.connects == 0
+
+
+def test_too_much_at_once_ends_the_connection_and_nothing_else(liar):
+    with PlannerClient(f"{liar.url}/huge") as client:
+        for _ in range(2):
+            client.wait_ready(PATIENT)
+            with pytest.raises((PlannerError, TimeoutError)):
+                client.plan(obs(), timeout=5)
+        until(lambda: client.stats.connects >= 2)
+
+
+def test_a_server_that_closes_at_every_request_is_tried_again_less_and_less_often(liar):
+    with PlannerClient(f"{liar.url}/close", timeouts=Timeouts(last=0.4)) as client:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            client.submit(obs(), time.monotonic())
+            time.sleep(0.01)
+        assert 2 <= client.stats.connects <= 10
+
+
+def test_a_server_that_never_answers_is_given_up_on(liar):
+    with PlannerClient(f"{liar.url}/silent", timeouts=Timeouts(answer=0.4)) as client:
+        client.wait_ready(PATIENT)
+        with pytest.raises(PlannerError, match="no answer"):
+            client.plan(obs(), timeout=PATIENT)
+        until(lambda: client.stats.connects >= 2)
+
+
+def test_codes_of_a_stranger_do_not_fill_the_counters(liar):
+    with PlannerClient(f"{liar.url}/strange_code") as client:
+        for _ in range(3):
+            client.plan(obs(), timeout=PATIENT)
+        until(lambda: client.stats.errors == {"other": 3})
+
+
+@pytest.mark.parametrize("expect, names", [
+    (Expect(dof=7), ["2 dimensions", "7 joints"]), (Expect(dt=0.05), ["0.02 s", "0.05 s"]), (Expect(task="panda"), ["toy", "panda"]),
+    (Expect(obs={"x": (4,)}), ["'x'", "(3,)", "(4,)"]), (Expect(obs={"y": (3,)}), ["'x'", "none"]), (Expect(model_id="abc"), ["toy0", "abc"]),
+    (Expect(merge="guided"), ["guided", "frozen"]), (Expect(dof=7, task="panda"), ["7 joints", "panda"])])
+def test_a_model_of_another_robot_is_refused_by_name(server, expect, names):
+    with PlannerClient(server.url, expect=expect) as client:
+        for call in (client.wait_ready, lambda t: client.plan(obs(), timeout=t)):
+            with pytest.raises(WrongRobot) as e:
+                call(PATIENT)
+            assert all(name in str(e.value) for name in names)
+        assert not client.connected and client.stats.sent == 0 and client.latest() is None
+
+
+def test_a_model_that_fits_is_taken(server):
+    fits = Expect(dof=2, dt=0.02, obs={"x": (3,), "more": (9,)}, task="toy", model_id="toy0", merge="frozen")
+    with PlannerClient(server.url, expect=fits) as client:
+        assert client.wait_ready(PATIENT).task == "toy"
+
+
+def test_the_right_model_may_come_after_the_wrong_one():
+    port = free_port()
+    with PlannerClient(f"ws://127.0.0.1:{port}", expect=Expect(task="toy")) as client:
+        with toy_server(port=port, card={"task": "other"}), pytest.raises(WrongRobot):
+            client.wait_ready(PATIENT)
+        with toy_server(port=port):
+            until(lambda: client.connected)
+            assert client.plan(obs(5), timeout=PATIENT).actions[0, 0] == 5
+
+
+@pytest.mark.parametrize("url", ["http://x", "127.0.0.1:80", "ws://", "ws:///plan"])
+def test_urls_are_checked(url):
+    with pytest.raises(ValueError, match="ws://HOST"):
+        PlannerClient(url)
+
+
+def test_what_cannot_be_sent_is_said_at_once(server):
+    with PlannerClient(server.url) as client, pytest.raises(WireError, match="numbers"):
+        client.submit({"x": np.array(["a"])}, 0.0)
+
+
+def test_what_is_too_big_for_the_server_is_not_sent():
+    with toy_server(limits={"bytes": 2000}) as far, PlannerClient(far.url) as client:
+        client.wait_ready(PATIENT)
+        with pytest.raises(PlannerError) as e:
+            client.plan({"x": np.zeros((2, 300))}, timeout=PATIENT)
+        assert e.value.code == "too_big" and client.connected
+        assert client.plan(obs(1), timeout=PATIENT).actions[0, 0] == 1
+
+
+def test_closing_ends_the_thread_whatever_it_does(server):
+    for url in (server.url, f"ws://127.0.0.1:{free_port()}"):
+        client = PlannerClient(url)
+        time.sleep(0.05)
+        client.close()
+        client.close()
+        assert not client._thread.is_alive()
+
+
+def test_an_older_answer_never_replaces_a_newer_one():
+    """Whatever order answers come in."""
+    ledger = Ledger(stale=9)
+    for seq in (1, 2):
+        ledger.put(lambda seq: Asked(Observation(seq, 0, seq, obs(seq)), float(seq), 0.0))
+        assert ledger.send(0.0, Limits())
+    for seq in (2, 1):
+        ledger.planned(Planned(seq, 0, seq, CARD.dt, np.full((8, 2), float(seq)), 1, 1, "toy0"), CARD, 1.0)
+    chunk = ledger.latest()
+    assert chunk is not None and chunk.seq == 2 and ledger.latest() is None and ledger.stats.chunks == 2
+
+
+def test_a_chunk_of_an_epoch_that_just_ended_is_not_handed_out():
+    ledger = Ledger(stale=9)
+    ledger.put(lambda seq: Asked(Observation(seq, 1, 5, obs()), 0.0, 0.0))
+    ledger.send(0.0, Limits())
+    ledger.planned(Planned(1, 1, 5, CARD.dt, np.zeros((8, 2)), 1, 1, "toy0"), replace(CARD), 1.0)
+    ledger.put(lambda seq: Asked(Observation(seq, 2, 6, obs()), 0.0, 0.0))
+    assert ledger.latest() is None
