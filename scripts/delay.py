@@ -42,6 +42,8 @@ def delay(cfg: DictConfig, folder: Path, out: Path, evaluate: Evaluate) -> Found
         raise ValueError(f"a delay of {max(delays)} steps needs plans of {max(delays) + execute}, the run's have {cfg.horizon}: leave out the longest, "
                          f"or execute less of a plan, like control.execute={max(1, cfg.horizon - max(delays))}")
     merges = chosen(cfg, folder, delays)
+    if (at := max(delays) if cfg.gate is None else cfg.gate) not in delays:
+        raise ValueError(f"gate={at} must be one of delays={delays}")
     points = by_merge(delays, merges) if merges else by_alignment(delays, cfg.control.get("align", True), cfg.naive)
     met: dict[str, Found] = {}
     for point in points:
@@ -61,7 +63,7 @@ def delay(cfg: DictConfig, folder: Path, out: Path, evaluate: Evaluate) -> Found
     fps = met[points[0].name]["fps"]
     found |= {"command": common.command(), "fps": fps, "curves": curves}
     if merges:
-        found["gate"] = gate({m: by_name[f"delay {max(delays)}, {m}"] for m in merges}, by_name[points[0].name], max(delays), fps)
+        found["gate"] = gate({m: by_name[named(at, m)] for m in merges}, by_name[points[0].name], at, fps)
     common.save_json(out / "delay.json", found)
     unit = "control steps" + (f" of {1000 / fps:.0f} ms" if fps else "")
     draw(curves, out / "delay.png", unit, found["task"], smooth=bool(merges))
@@ -111,8 +113,11 @@ def by_alignment(delays: list[int], align: bool, naive: bool) -> list[Point]:
 
 
 def by_merge(delays: list[int], merges: list[str]) -> list[Point]:
-    return [Point(merge, steps, {"delay": steps, "align": True, "merge": merge}, f"delay {steps}, {'naive' if merge in ALIKE and not steps else merge}")
-            for steps in sorted(delays) for merge in merges]
+    return [Point(merge, steps, {"delay": steps, "align": True, "merge": merge}, named(steps, merge)) for steps in sorted(delays) for merge in merges]
+
+
+def named(steps: int, merge: str) -> str:
+    return f"delay {steps}, {'naive' if merge in ALIKE and not steps else merge}"
 
 
 def numbers(run: Found) -> Found:

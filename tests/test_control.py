@@ -8,6 +8,7 @@ from torch import nn
 
 from policy.control import Controller, NotFinite
 from policy.diffusion.samplers import first_order
+from policy.timeline import CONTINUES
 from policy.types import Spec
 from tests.helpers import make_data, make_planner, make_store
 
@@ -206,6 +207,96 @@ def test_late_plans_follow_a_timeline_made_by_hand(planner, execute, delay, alig
     for now, action in enumerate(acted):
         made = max(s for s in plans if s == 0 or s + delay <= now)
         np.testing.assert_allclose(action, plans[made][now - made - (0 if align or made == 0 else delay)], atol=1e-6)
+
+
+class Told(Clock):
+    """A clock that keeps what it was told of the plan before, and deviates from the time by the number of its plan."""
+    rtc = 6
+
+    def plan(self, obs, *, noise=None, prefix=None, draw=None, **told):
+        self.told = [*getattr(self, "told", []), (prefix, told, len(noise))]
+        return super().plan(obs, noise=noise) + 1000 * len(self.seen)
+
+
+@pytest.mark.parametrize("execute, delay", [(2, 2), (3, 1), (1, 4), (4, 0), (6, 0)])
+@pytest.mark.parametrize("merge", CONTINUES)
+def test_a_planner_is_told_what_is_going_to_be_executed(execute, delay, merge):
+    """Step i of the prefix is what acts i steps from now as far as is known; its first `delay` steps do act, the same to the bit."""
+    controller = Controller(Told(), execute=execute, delay=delay, merge=merge)
+    controller.reset([0])
+    acted = np.array([controller.act(frame(1, k))[0, 0] for k in range(18)])
+    first, *others = controller.planner.told
+    assert first[:2] == (None, {}) and len(others) == -(-18 // execute) - 1
+    for k, (prefix, told, _) in enumerate(others, 1):
+        assert prefix.shape == (1, 6 - execute, 1) and (told["merge"], told["committed"], told["warm"]) == (merge, delay, None)
+        assert ("limit" in told) == (merge in ("guided", "identity"))
+        until = min(k * execute + delay, 18)
+        assert np.array_equal(prefix[0, : until - k * execute, 0], acted[k * execute: until])
+        assert np.array_equal(prefix[0, :, 0] % 1000, k * execute + np.arange(6 - execute))  # aligned: every action is the one meant for its step
+        assert (prefix[0, delay:, 0] // 1000 == k).all()  # behind the committed ones, what the newest plan says
+
+
+@pytest.mark.parametrize("execute, delay", [(2, 0), (2, 2), (3, 1), (1, 2)])
+def test_an_ensemble_averages_the_plans_that_have_landed(execute, delay):
+    """Against exp(-.1 i) over them by hand, the oldest first; what is promised already is not changed."""
+    controller = Controller(Told(), execute=execute, delay=delay, merge="ensemble")
+    controller.reset([0])
+    acted = [controller.act(frame(1, k))[0, 0] for k in range(18)]
+    for now, action in enumerate(acted):
+        landed = [s for s in range(0, now + 1, execute) if now - s < 6 and (s == 0 or s + delay <= now)]
+        weight = np.exp(-0.1 * np.arange(len(landed)))
+        want = now + 1000 * (weight @ np.array([s // execute + 1 for s in landed])) / weight.sum()
+        assert action == pytest.approx(want, rel=1e-5), now
+
+
+@pytest.mark.parametrize("merge", ["frozen", "guided", "ensemble"])
+def test_a_reset_row_is_told_nothing_and_the_others_all(planner, merge):
+    """Rows that start and rows that go on are planned apart, each with its own noise: as if alone."""
+    def drive(rows: list[int]) -> list[np.ndarray]:
+        controller = Controller(planner, execute=3, delay=2, merge=merge)
+        controller.reset([10 + r for r in rows])
+        acted = []
+        for k in range(12):
+            if k == 6 and 1 in rows:
+                controller.reset([99], rows=np.array([rows.index(1)]))
+            acted.append(controller.act({"x": real(3, k)["x"][rows]}))
+        return acted
+    together = drive([0, 1, 2])
+    for row in range(3):
+        for a, b in zip(together, drive([row]), strict=True):
+            np.testing.assert_allclose(a[row], b[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("merge", ["ensemble", "frozen", "guided", "identity"])
+def test_merges_are_the_same_acted_and_planned(planner, merge):
+    stepper, planned = (Controller(planner, execute=3, delay=2, merge=merge, warm=0.8) for _ in range(2))
+    stepper.reset([1, 2]), planned.reset([1, 2])
+    planned.observe({"x": real(2, 0)["x"][:, None]})
+    for k in range(4):
+        actions = np.stack([stepper.act(real(2, 3 * k + t)) for t in range(3)], 1)
+        assert np.array_equal(planned.plan(), actions)
+        planned.observe({"x": np.stack([real(2, 3 * k + t)["x"] for t in range(1, 4)], 1)})
+
+
+@pytest.mark.parametrize("merge", ["guided", "identity"])
+def test_plans_join_more_smoothly_than_naive_ones(planner, merge):
+    """The network knows nothing, so naive plans jump where they join; one that goes on from the promised steps jumps less."""
+    def seam(merge: str) -> float:
+        controller = Controller(planner, execute=4, delay=2, merge=merge, prior=0.3)
+        controller.reset(range(30))
+        acted = np.stack([controller.act(real(30, 0)) for _ in range(26)], 1)
+        return float(np.abs(np.diff(acted, axis=1))[:, 5::4].mean())
+    assert seam(merge) < 0.97 * seam("naive")
+
+
+def test_a_merge_that_cannot_work_is_refused(planner):
+    with pytest.raises(ValueError, match=r"control.merge='mean' is unknown; use one of naive"):
+        Controller(Counting(), execute=4, merge="mean")
+    for options in ({"merge": "guided"}, {"merge": "ensemble"}, {"warm": 0.5}):
+        with pytest.raises(ValueError, match=r"control.align=false starts plans late.*control.align=true"):
+            Controller(Counting(), execute=4, align=False, **options)
+    with pytest.raises(ValueError, match=r"merge=prefix with delay=2 needs a policy trained with train.rtc=2 or more, and this one has none"):
+        Controller(planner, execute=4, delay=2, merge="prefix")
 
 
 def test_the_global_generator_is_left_alone(planner):
