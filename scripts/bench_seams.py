@@ -21,7 +21,7 @@ def measure(cfg: DictConfig) -> Facts:
     folder, rows = Path(cfg.run) / "seams", {}
     for name, row in common.plain(cfg.seams.rows).items():
         merges = row.pop("merges", MERGES)
-        rows[name] = {**row, "after": [asked(cfg, merges)]}
+        rows[name] = {"eval": ["videos=0"], **row, "after": [asked(cfg, merges)]}
     told = OmegaConf.merge(cfg, {"rows": None})
     told.rows = rows
     assert isinstance(told, DictConfig)

@@ -138,12 +138,14 @@ def gate(late: dict[str, Found], base: Found, steps: int, fps: float) -> Found:
         share = base["success"] or 1.0
         kept[merge] = [1 + d / share for d in (pair["difference"], *pair["difference_ci"])]
         peak[merge] = run["metrics"]["smoothness"]["accel_peak_normalised"]
-    passed = [m for m in late if kept[m][0] >= KEEPS and peak[m] is not None]
+    passed = [m for m in late if base["success"] and kept[m][0] >= KEEPS and peak[m] is not None]
     best = min(passed, key=lambda m: peak[m]) if passed else "naive"
     n, when = len(base["per_seed"]["success"]), f"{steps} steps" + (f" ({1000 * steps / fps:.0f} ms)" if fps else "")
     share, lo, hi = kept[best]
     said = f"{best} keeps {share:.0%} [{lo:.0%}, {hi:.0%}] of the success without delay"
-    if not passed:
+    if not base["success"]:
+        line = f"gate at {when}: nothing to choose, as the policy has no success without delay either: control.merge=naive"
+    elif not passed:
         line = f"gate at {when}: no merge keeps {KEEPS:.0%} of the success without delay; {said}: control.merge=naive, and plan faster"
     else:
         sure = "" if lo >= KEEPS else f" (that it is {KEEPS:.0%} or more, {n} seeds do not prove)"
