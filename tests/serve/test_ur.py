@@ -1,0 +1,236 @@
+"""The UR driver with the real ur-rtde client against a controller in its own process (tests/serve/fake_rtde.py)."""
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+pytest.importorskip("rtde_control", reason="needs ur-rtde: pip install 'dipole[ur]'")
+
+from policy.serve.drivers.ur import UrDriver
+from policy.serve.robot import DriverError, RobotSpec, Setpoints
+from tests.serve.far_side import ROOT, FarSide, free_address
+
+pytestmark = pytest.mark.ur
+CONF = OmegaConf.load(ROOT / "conf/robot/ur5e.yaml")
+SPEC = instantiate(CONF.spec)
+STALE = 0.4  # s; twice the default, for loaded machines
+
+
+@pytest.fixture
+def robot():
+    far = FarSide("tests.serve.fake_rtde", free_address(30004))
+    yield far
+    far.close()
+
+
+@pytest.fixture
+def driver(robot):
+    driver = UrDriver(robot.hello["host"], stale=STALE, obs={"state": ["q", "dq"]})
+    yield driver
+    driver.close()
+
+
+def sine(t0: float, start: float, q0: np.ndarray, amplitude: float = 0.25, hz: float = 0.4, fresh: int = 10, tail: int = 200) -> Setpoints:
+    """amplitude (1 - cos) around q0 since `start`, at t0; the tail brakes evenly."""
+    t = t0 + np.arange(fresh) / 500 - start
+    w = 2 * np.pi * hz
+    q, dq = amplitude * (1 - np.cos(w * t)), amplitude * w * np.sin(w * t)
+    s = np.arange(1, tail + 1) / tail
+    q_tail, dq_tail = q[-1] + dq[-1] * (s - s * s / 2) * tail / 500, dq[-1] * (1 - s)
+    every = np.ones(6)
+    q, dq = q0 + np.concatenate([q, q_tail])[:, None] * every, np.concatenate([dq, dq_tail])[:, None] * every
+    return Setpoints(t0, 1 / 500, q, dq, 0 * dq, fresh)
+
+
+def follow(driver: UrDriver, q0: np.ndarray, seconds: float) -> list:
+    start, states, k = time.monotonic(), [], 0
+    while time.monotonic() - start < seconds:
+        driver.write(sine(time.monotonic(), start, q0))
+        k += 1
+        time.sleep(max(0.0, start + k / 50 - time.monotonic()))
+        if (state := driver.read()) is not None:
+            states.append(state)
+    return [(s.t - start, s.q) for s in states]
+
+
+def fails(call, why: str, seconds: float) -> str:
+    """call() raises DriverError(why) within `seconds`, tried again and again."""
+    start = time.monotonic()
+    with pytest.raises(DriverError, match=why) as caught:
+        while time.monotonic() - start < 10:
+            call()
+            time.sleep(0.002)
+    assert time.monotonic() - start < seconds
+    return str(caught.value)
+
+
+def until(true, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_the_joints_follow_with_the_lag_of_the_lookahead_and_keep_to_the_limits(robot, driver):
+    q0 = driver.connect(SPEC).q
+    robot.ask("reset")
+    seen = follow(driver, q0, 2.0)
+    assert len(seen) > 50  # states came all along
+    def miss(lag: float) -> float:
+        return float(np.median([abs(q[2] - q0[2] - 0.25 * (1 - np.cos(2 * np.pi * 0.4 * (t - lag)))) for t, q in seen if t > 0.5]))
+    lags = np.arange(0, 0.12, 0.005)
+    best = lags[np.argmin([miss(lag) for lag in lags])]
+    assert 0.025 <= best <= 0.065 and miss(best) < 0.004  # lookahead .03 s, plus a command and a cycle on the way
+    top = robot.ask("state")["top"]
+    assert max(top["dq"]) <= min(SPEC.velocity)
+    assert min(top["dq"]) > 0.5  # it did move: .63 rad/s at most
+
+
+def test_without_commands_it_holds_and_with_a_tail_it_comes_to_rest(robot, driver):
+    q0 = driver.connect(SPEC).q
+    follow(driver, q0, 0.4)
+    moving = robot.ask("state")
+    assert min(moving["dq"]) > 0.2
+    until(lambda: max(map(abs, robot.ask("state")["dq"])) < 1e-3)
+    rest = robot.ask("state")
+    assert rest["running"] and rest["q"] != moving["q"] and rest["log"] == []  # no watchdog: the stream goes on, holding
+    assert driver.read() is not None
+
+
+@pytest.mark.slow
+def test_stop_decelerates_and_refuses_until_connect(robot, driver):
+    q0 = driver.connect(SPEC).q
+    follow(driver, q0, 0.4)
+    begin = time.monotonic()
+    driver.stop()
+    assert time.monotonic() - begin < 0.02
+    with pytest.raises(DriverError, match="connect"):
+        driver.write(sine(time.monotonic(), begin, q0))
+    until(lambda: not any(robot.ask("state")["dq"]))
+    assert "servo_stop" in robot.ask("state")["log"]
+    until(lambda: driver.read() is not None)  # still watched
+    driver.connect(SPEC)
+    follow(driver, driver.read().q if driver.read() else q0, 0.1)
+
+
+@pytest.mark.parametrize("fault, why", [("protective", "protective stop.*acknowledge"), ("emergency", "emergency stop.*release"),
+                                        ("nan", "NaN for shoulder_pan"), ("stop", "stopped its control program"), ("mute", "gone")])
+def test_faults_say_what_to_do_within_half_a_second(robot, driver, fault, why):
+    driver.connect(SPEC)
+    robot.ask(fault)
+    fails(driver.read, why, 0.5 + STALE)
+    with pytest.raises(DriverError, match=why):
+        driver.write(sine(time.monotonic(), 0.0, np.zeros(6)))
+    until(lambda: not any(robot.ask("state")["dq"]))
+
+
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+def test_a_robot_that_vanishes_is_noticed(robot, driver, how):
+    driver.connect(SPEC)
+    getattr(robot, how)()
+    fails(driver.read, "gone|closed", 0.5 + STALE)
+
+
+CHILD = """
+import sys, time
+from tests.serve.test_ur import SPEC, UrDriver, sine
+driver = UrDriver(sys.argv[1])
+q0, start = driver.connect(SPEC).q, time.monotonic()
+print("moving", flush=True)
+while True:
+    driver.write(sine(time.monotonic(), start, q0))
+    time.sleep(.02)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_bridge_dies_or_freezes_and_the_robot_comes_to_rest_as_it_was_told_to(robot, how):
+    bridge = subprocess.Popen([sys.executable, "-c", CHILD, robot.hello["host"]], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert bridge.stdout is not None and bridge.stdout.readline() == "moving\n"
+        until(lambda: min(robot.ask("state")["dq"]) > 0.2)
+        bridge.send_signal(how)
+        begin = time.monotonic()
+        until(lambda: max(map(abs, robot.ask("state")["dq"])) < 1e-3)
+        assert time.monotonic() - begin < 2.0  # the tail is .4 s
+        if how == signal.SIGKILL:
+            until(lambda: robot.ask("state")["log"] == ["servo_stop", "ended"])  # let go in good order
+        else:
+            assert robot.ask("state")["running"]
+    finally:
+        bridge.kill()
+        bridge.wait()
+        bridge.stdout.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_process_beside_us_dies_or_freezes_and_the_robots_own_watchdog_stops_it(robot, driver, how):
+    q0 = driver.connect(SPEC).q
+    follow(driver, q0, 0.4)
+    driver._process.send_signal(how)
+    fails(driver.read, "gone", 0.5 + STALE)
+    until(lambda: robot.ask("state")["log"] == ["watchdog"])
+    until(lambda: not any(robot.ask("state")["dq"]))
+    with pytest.raises(DriverError, match="gone"):
+        driver.write(sine(time.monotonic(), 0.0, q0))
+
+
+def test_what_keeps_a_robot_from_being_connected(robot, driver):
+    nobody = UrDriver(free_address(30004))
+    fails(lambda: nobody.connect(SPEC), "does not answer on port 30004.*cable", 4.0)
+    with socket.socket() as silent:  # accepts and says nothing
+        host = free_address(30004)
+        silent.bind((host, 30004))
+        silent.listen()
+        fails(lambda: UrDriver(host).connect(SPEC, timeout=0.3), "does not answer on port 30004", 4.0)
+    five = RobotSpec("five", SPEC.joints[:5], *(getattr(SPEC, k)[:5] for k in ("units", "lower", "upper", "velocity", "acceleration", "jerk")))
+    fails(lambda: driver.connect(five), "has 6 joints, but robot five has 5", 4.0)
+    robot.ask("local")
+    fails(lambda: driver.connect(SPEC), "remote control", 3.0)
+
+
+def test_a_robot_in_protective_stop_is_not_connected(robot, driver):
+    robot.ask("protective")
+    fails(lambda: driver.connect(SPEC), "protective stop", 4.0)
+
+
+def test_two_cannot_command_one_robot(robot, driver):
+    driver.connect(SPEC)
+    second = UrDriver(robot.hello["host"], stale=STALE)
+    fails(lambda: second.connect(SPEC), "in use|registers", 3.0)
+    assert driver.read() is not None and robot.ask("state")["running"]
+
+
+@pytest.mark.slow
+def test_cb3_takes_125_setpoints_a_second():
+    far = FarSide("tests.serve.fake_rtde", free_address(30004), 3)
+    try:
+        host = far.hello["host"]
+        fails(lambda: UrDriver(host).connect(SPEC), "takes 125 setpoints", 4.0)
+        slower = UrDriver(host, rate=125, stale=STALE)
+        assert slower.connect(SPEC).q == pytest.approx([0, -1.57, 1.57, -1.57, -1.57, 0])
+        slower.close()
+    finally:
+        far.close()
+
+
+@pytest.mark.parametrize("options", [{"lookahead": 0.01}, {"gain": 5000}, {"watchdog": 400}, {"rate": 5000}, {"stale": 5}])
+def test_settings_that_servoj_does_not_take(options):
+    with pytest.raises(ValueError):
+        UrDriver("127.0.0.1", **options)
+
+
+def test_the_configuration_builds_the_driver():
+    driver = instantiate({**OmegaConf.to_container(CONF.driver), "host": "127.0.0.1"}, _convert_="all")
+    assert isinstance(driver, UrDriver) and driver.rate % SPEC.rate == 0 and driver.options["obs"] == {"state": "q"}
+    assert Path(ROOT / "conf/robot/ur5e.yaml").read_text().count("???") == 1  # the address
