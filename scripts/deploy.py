@@ -44,8 +44,8 @@ def make_bridge(cfg: DictConfig, robot: RobotSpec, driver: Any, client: PlannerC
     if asked["merge"] not in card.merges:
         raise ValueError(f"control.merge={asked['merge']} is not offered by this policy; it has {', '.join(card.merges)}"
                          + (". Train with train.rtc=true for prefix" if asked["merge"] == "prefix" else ""))
-    execution = Execution(robot, card.horizon, card.dt, **asked)
-    return Bridge(driver, client, robot, execution, history=card.t_obs, settings=settings, journal=journal)
+    execution = Execution(robot, card.horizon, card.dt, most=card.committed or None, **asked)
+    return Bridge(driver, client, robot, execution, obs=card.obs, history=card.t_obs, settings=settings, journal=journal)
 
 
 def episodes(bridge: Bridge, cfg: DictConfig, count: int, on_done: Any = lambda won: None) -> list[dict[str, Any]]:
@@ -54,6 +54,7 @@ def episodes(bridge: Bridge, cfg: DictConfig, count: int, on_done: Any = lambda 
         raise ValueError(f"robot={bridge.robot.name} is no simulated one, it has no episodes: run dipole deploy without demo or eval")
     rows = []
     for seed in range(cfg.seed, cfg.seed + count):
+        bridge.connect()  # its watchdog has tripped since the last one
         bridge.begin(bridge.driver.reset(seed))
         start, events = time.monotonic(), len(bridge.journal.events)
         found = bridge.run(cfg.seconds or SIMULATED, until=won, priority=cfg.realtime.priority, cpu=cfg.realtime.cpu)
@@ -62,6 +63,7 @@ def episodes(bridge: Bridge, cfg: DictConfig, count: int, on_done: Any = lambda 
                      "modes": sorted({e["mode"] for e in list(bridge.journal.events)[events:] if e["event"] == "mode"})})
         on_done(rows)
         if bridge.supervisor.mode == "STOP":
+            console.print(f"[yellow]seed {seed}: STOP, {bridge.supervisor.reason}; re-armed for the next[/]", highlight=False, soft_wrap=True)
             bridge.rearm()
     return rows
 
@@ -114,7 +116,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     folder = folder_of(cfg, instantiate(cfg.robot.spec))
     folder.mkdir(parents=True, exist_ok=True)
     inside = serving.in_process(cfg, folder)
-    plans: list[tuple[float, dict[str, Any]]] = [(d, {}) for d in cfg.delays] + ([(max(cfg.delays), {"align": False, "merge": "naive"})] if cfg.unaligned else [])
+    plans: list[tuple[float, dict[str, Any]]] = [(d, {}) for d in cfg.delays]
+    plans += [(max(cfg.delays), {"align": False, "merge": "naive"})] if cfg.unaligned else []
     table = []
     for delay, control in plans:
         name = f"{1e3 * delay:.0f} ms{', not aligned' if control else ''}"

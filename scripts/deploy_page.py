@@ -119,7 +119,7 @@ def film(folder: Path, node: DictConfig) -> dict[str, Any]:
         from scripts.deploy_film import states
         task, qpos, mocap, fps = states(folder / "robot.npz", OmegaConf.to_container(node, resolve=True))
         frames = render.frames(task.model, qpos, mocap, camera=task.camera, size=384)
-        imageio.mimwrite(folder / "video.mp4", list(frames), fps=fps, codec="libx264", quality=7)  # type: ignore[arg-type]
+        imageio.mimwrite(folder / "video.mp4", list(frames), fps=fps, codec="libx264", quality=7)
     except Exception as e:
         console.print(f"[yellow]no video: {e}. The numbers are saved; `dipole doctor` says how to get a GL backend[/]", highlight=False)
         return {}

@@ -6,7 +6,7 @@ supervisor; the network lives in the client's thread and hands over whole chunks
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from policy.serve.supervisor import Mode, Supervisor
 
 Observe = Callable[[RobotState], dict[str, np.ndarray]]
 AHEAD = 16     # setpoints behind the period that the limiter sees, to rejoin a plan it had to leave
+TIDY = 2.0     # s between two collections of garbage
 GUARD = 0.002  # s before setpoints are due at which it is too late to send them
 
 
@@ -53,11 +54,13 @@ class Settings:
 class Bridge:
     """Drives one robot. `run` blocks; everything else may be looked at from other threads.
 
-    observe: RobotState -> {key: (*shape)} of the policy's observations; the driver's own when absent.   history: steps the policy sees.
+    obs: {key: shape of one step} and history: steps that the policy sees.   observe: RobotState -> {key: (*shape)}; the driver's own observations when absent.
     """
 
-    def __init__(self, driver: Driver, client: Client, robot: RobotSpec, execution: Execution, *, history: int = 2, observe: Observe | None = None,
-                 settings: Settings | None = None, journal: Journal | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, driver: Driver, client: Client, robot: RobotSpec, execution: Execution, *, obs: Mapping[str, Sequence[int]],
+                 history: int = 2, observe: Observe | None = None, settings: Settings | None = None, journal: Journal | None = None,
+                 clock: Callable[[], float] = time.monotonic):
+        self.obs = {k: tuple(size) for k, size in obs.items()}
         self.driver, self.client, self.robot, self.execution = driver, client, robot, execution
         self.settings, self.journal, self.clock = settings or Settings(), journal or Journal(), clock
         self.observe = observe or (lambda state: state.obs)
@@ -67,7 +70,7 @@ class Bridge:
         self.limiter = Limiter(robot, 1 / driver.rate, self.steps)
         self.supervisor = Supervisor(patience=self.settings.patience, hold=self.settings.hold)
         self.history, self.epoch, self.asked, self.rejected, self.behind, self.answered = history, 0, -math.inf, 0, 0, True
-        self.sent, self.last_refusal = math.nan, ""
+        self.sent, self.last_refusal, self.was_lost = math.nan, "", False
         self.states: deque[tuple[RobotState, dict[str, np.ndarray]]] = deque(maxlen=max(8, int(robot.rate * 4)))
         self.counts: Counter[str] = Counter()
         self.state: RobotState | None = None
@@ -82,10 +85,14 @@ class Bridge:
         """An episode starts at `state`, the robot at rest there: nothing from before counts any more, chunks in flight included."""
         if state.q.shape != (self.robot.dof,) or not np.isfinite(state.q).all():
             raise DriverError(f"{self.robot.name} reports joints {state.q}, not {self.robot.dof} finite numbers")
+        seen = self.observe(state)
+        if wrong := [f"{k} {size}" for k, size in self.obs.items() if k not in seen or np.shape(seen[k]) != size]:
+            raise DriverError(f"the policy sees {', '.join(wrong)}, but {self.robot.name} observes {', '.join(f'{k} {np.shape(v)}' for k, v in seen.items())}: "
+                              "give what is missing by the driver's obs or the bridge's observe")
         self.state, self.epoch = state, self.epoch + 1
         self.states.clear()
         self.execution.forget()
-        self.limiter.reset(state.q)
+        self.limiter.reset(np.asarray(state.info.get("commanded", state.q), float))
         self.rejected, self.behind, self.asked, self.answered, self.sent = 0, 0, -math.inf, True, math.nan
         if self.supervisor.mode is not Mode.STOP:
             self.supervisor.mode, self.supervisor.since, self.supervisor.reason = Mode.HOLD, -math.inf, "waiting for the first plan"
@@ -105,12 +112,14 @@ class Bridge:
         """
         got = realtime.claim(priority, cpu) if priority is not None else {"scheduler": "normal"}
         self.journal.start(self.robot, got)
-        start, ending = self.clock(), False
+        start, ending, count = self.clock(), False, 0
         try:
             for deadline, late in realtime.ticks(self.robot.rate):
                 ending = ending or deadline - start >= seconds or (self.state is not None and until(self.state))
                 self.tick(deadline, late, ending=ending)
                 on_tick(self)
+                if (count := count + 1) % max(1, round(TIDY * self.robot.rate)) == 0:
+                    realtime.tidy(deadline + self.period)
                 if self.supervisor.mode is Mode.STOP or (ending and self.limiter.at_rest):
                     break
         finally:
@@ -132,8 +141,10 @@ class Bridge:
             self._ask(now)
         self.execution.meet(first)
         before = self.supervisor.mode
-        covered = not ending and self.execution.covers(first, first + self.period)
-        mode = self.supervisor.update(now, covered=covered, overdue=self._overdue(now), at_rest=self.limiter.at_rest, fault=fault)
+        lost = self._lost()
+        covered = not ending and not lost and self.execution.covers(first, first + self.period)
+        overdue = "the run is over" if ending else lost or self._overdue(now)
+        mode = self.supervisor.update(now, covered=covered, overdue=overdue, at_rest=self.limiter.at_rest and not lost, fault=fault)
         if mode is not before:
             self._switch(before, mode)
         if mode is Mode.STOP:
@@ -153,6 +164,8 @@ class Bridge:
             self.state = state
             self.states.append((state, self.observe(state)))
         age = now - self.state.t if self.state is not None else math.inf
+        if self.state is not None and self.state.info.get("watchdog"):
+            return "the robot's own watchdog has tripped: it heard nothing from this loop for too long"
         return f"the robot's state is {1e3 * age:.0f} ms old" if age > (self.settings.stale + 1) * self.period else ""
 
     def _take(self, first: float) -> None:
@@ -193,7 +206,22 @@ class Bridge:
         t, times = self.states[-1][0].t, np.array([state.t for state, _ in self.states])
         rows = [int(np.abs(times - (t - back * self.execution.dt)).argmin()) for back in range(self.history - 1, -1, -1)]
         seen = [self.states[i][1] for i in rows]
-        return t - self.robot.latency_obs, {k: np.stack([np.asarray(one[k]) for one in seen]) for k in seen[-1]}
+        return t - self.robot.latency_obs, {k: np.stack([np.asarray(one[k]) for one in seen]) for k in self.obs}
+
+    def _lost(self) -> str:
+        """Why the robot does not do what it was told, '' when it does; once it stands, the limiter goes on from there."""
+        if self.state is None or not self.state.info.get("lost"):
+            self.was_lost = False
+            return ""
+        if not self.was_lost:
+            self.counts["lost"] += 1
+            self._say("lost", why=self.state.info.get("why", ""))
+        self.was_lost = True
+        if not self.state.info.get("rest"):
+            return f"the robot refused setpoints: {self.state.info.get('why', '')}"
+        self.limiter.reset(np.asarray(self.state.info["commanded"], float))
+        self.sent = math.nan
+        return ""
 
     def _overdue(self, now: float) -> str:
         if self.execution.now is None:

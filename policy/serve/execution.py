@@ -27,11 +27,11 @@ class Execution:
     """What a robot does next according to the newest chunks.
 
     Action i of a chunk observed at t0 is reached at t0 + (i + knot) dt; cubic in between.   execute: actions from one observation that is planned from
-    to the next.   merge: policy.timeline.MERGES.   align: False starts a chunk when it arrives instead of when it is due, as naive robots do.
+    to the next.   merge: policy.timeline.MERGES.   most: actions of a prefix that the planner takes.   align: False starts a chunk when it arrives instead of when it is due, as naive robots do.
     """
 
     def __init__(self, robot: RobotSpec, horizon: int, dt: float, *, merge: str = "naive", execute: int = 8, knot: float = 1.0, align: bool = True,
-                 decay: float = 0.1):
+                 decay: float = 0.1, most: int | None = None):
         if merge not in MERGES:
             raise ValueError(f"merge {merge!r} is unknown; use one of {', '.join(MERGES)}")
         if not 1 <= execute < horizon:
@@ -39,9 +39,9 @@ class Execution:
         if not 0 <= knot <= 1:
             raise ValueError(f"knot={knot} must be between 0 and 1")
         self.robot, self.horizon, self.dt, self.merge, self.execute = robot, horizon, dt, merge, execute
-        self.knot, self.align, self.decay = knot, align, decay
+        self.knot, self.align, self.decay, self.most = knot, align, decay, horizon if most is None else most
         self.lower, self.upper = np.asarray(robot.lower, float), np.asarray(robot.upper, float)
-        self.most = np.asarray(robot.step, float) if len(robot.step) else SPEED * np.asarray(robot.velocity, float) * dt
+        self.step = np.asarray(robot.step, float) if len(robot.step) else SPEED * np.asarray(robot.velocity, float) * dt
         self.delays: deque[float] = deque(maxlen=KEPT)
         self.counts: Counter[str] = Counter()
         self.forget()
@@ -69,14 +69,14 @@ class Execution:
         if (bad := (a < self.lower - wide) | (a > self.upper + wide)).any():
             i, j = np.argwhere(bad)[0]
             return f"limits: {self.robot.joints[j]} to {a[i, j]:.4g}, outside {self.lower[j]:g} … {self.upper[j]:g} {self.robot.units[j]}"
-        if (bad := np.abs(np.diff(a, axis=0)) > self.most).any():
+        if (bad := np.abs(np.diff(a, axis=0)) > self.step).any():
             i, j = np.argwhere(bad)[0]
-            return f"speed: {self.robot.joints[j]} by {a[i + 1, j] - a[i, j]:.3g} {self.robot.units[j]} in one step, {self.most[j]:.3g} allowed"
+            return f"speed: {self.robot.joints[j]} by {a[i + 1, j] - a[i, j]:.3g} {self.robot.units[j]} in one step, {self.step[j]:.3g} allowed"
         at = min(max(0.0, (now - chunk.t0) / self.dt), self.horizon - 1) if self.align else 0.0
         jump = shifted(a[None], at, 1)[0][0, 0] - q
-        if (bad := np.abs(jump) > 2 * self.most).any():
+        if (bad := np.abs(jump) > 2 * self.step).any():
             j = int(np.argmax(bad))
-            return f"jump: {self.robot.joints[j]} starts {jump[j]:.3g} {self.robot.units[j]} from where it is commanded to be, {2 * self.most[j]:.3g} allowed"
+            return f"jump: {self.robot.joints[j]} starts {jump[j]:.3g} {self.robot.units[j]} from where it is commanded to be, {2 * self.step[j]:.3g} allowed"
         return ""
 
     def accept(self, chunk: Chunk, now: float, q: np.ndarray) -> float:
@@ -99,13 +99,13 @@ class Execution:
         else:
             self.now = new
         after = self.target(np.array([now]))[0][0]
-        return 0.0 if before is None else float(np.abs((after - before) / self.most).max())
+        return 0.0 if before is None else float(np.abs((after - before) / self.step).max())
 
     def meet(self, now: float) -> None:
         """Let a plan that came too late take over as soon as it is near the one that is followed, at the latest when that one ends."""
         if self.next is None:
             return
-        gap = np.abs(self._at(self.next, np.array([now]))[0] - self.target(np.array([now]))[0]) / self.most
+        gap = np.abs(self._at(self.next, np.array([now]))[0] - self.target(np.array([now]))[0]) / self.step
         if gap.max() < 0.1 or not self.covers(now, now + 2 * self.dt):
             self.now, self.next = self.next, None
 
@@ -139,7 +139,10 @@ class Execution:
         if not p or not known[0]:
             return None, 0
         delay = max(self.delays, default=self.dt + period)
-        committed = min(p, max(0, math.ceil(delay / self.dt - self.knot) + 1))
+        needed = max(0, math.ceil(delay / self.dt - self.knot) + 1)
+        committed = min(p, self.most, needed)
+        if committed < needed:
+            self.counts["under_committed"] += 1
         self.committed_to = t_obs + delay
         return ahead[0, :p], committed
 

@@ -57,7 +57,9 @@ class RobotSpec:
 class RobotState:
     """What a driver reads.   t: s on this computer's monotonic clock when it was measured.   q, dq: (dof,) in the robot's units.
 
-    obs: {key: (*shape)} of the policy's observations that the driver knows.   info: anything else (success, seed, watchdog …).
+    obs: {key: (*shape)} of the policy's observations that the driver knows.   info: anything else (success, seed …); of it the bridge knows watchdog
+    (true: the robot's own has tripped, it takes nothing until connect()) and lost (true: it refused the last setpoints, `why` says why, and brakes by
+    itself; once `rest` is true, whoever plans goes on from `commanded`), and commanded (dof,), what it is told to hold after connect(), q when absent.
     """
     t: float
     q: np.ndarray

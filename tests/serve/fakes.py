@@ -29,12 +29,15 @@ class FakeDriver:
 
     def connect(self, robot: RobotSpec, timeout: float = 5.0) -> RobotState:
         self.stopped = False
-        return RobotState(self.clock.now, self.q.copy(), np.zeros_like(self.q))
+        return self.state()
+
+    def state(self) -> RobotState:
+        return RobotState(self.clock.now, self.q.copy(), np.zeros_like(self.q), {"q": self.q.astype(np.float32)})
 
     def read(self) -> RobotState | None:
         if self.broken:
             raise DriverError(self.broken)
-        return None if self.silent else RobotState(self.clock.now, self.q.copy(), np.zeros_like(self.q), {"q": self.q.astype(np.float32)})
+        return None if self.silent else self.state()
 
     def write(self, setpoints: Setpoints) -> None:
         if self.stopped:

@@ -7,6 +7,7 @@ import pytest
 
 from policy.serve.bridge import Bridge, Settings
 from policy.serve.execution import Execution
+from policy.serve.robot import DriverError
 from policy.serve.supervisor import Mode
 from tests.serve.fakes import DT, HORIZON, RATE, ROBOT, Clock, FakeClient, FakeDriver, differences
 
@@ -26,7 +27,7 @@ class Rig:
         self.clock = Clock()
         self.driver, self.client = FakeDriver(self.clock, np.zeros(2)), FakeClient(self.clock, plan, delay)
         execution = Execution(ROBOT, HORIZON, DT, merge=merge, execute=execute, align=align)
-        self.bridge = Bridge(self.driver, self.client, ROBOT, execution, settings=settings, clock=self.clock)
+        self.bridge = Bridge(self.driver, self.client, ROBOT, execution, obs={"q": (2,)}, settings=settings, clock=self.clock)
         self.bridge.connect()
         self.modes: list[Mode] = []
         self.late = 0.0
@@ -211,6 +212,13 @@ def test_no_limit_is_exceeded_whatever_comes(merge):
     assert not np.isnan(rig.q).any()
 
 
+def test_what_the_policy_sees_must_be_there():
+    clock = Clock()
+    bridge = Bridge(FakeDriver(clock, np.zeros(2)), FakeClient(clock, follow_wave), ROBOT, Execution(ROBOT, HORIZON, DT), obs={"q": (2,), "image": (8, 8, 3)})
+    with pytest.raises(DriverError, match="image"):
+        bridge.connect()
+
+
 def test_odd_rates_are_refused():
     with pytest.raises(ValueError, match="multiple"):
-        Bridge(FakeDriver(Clock(), np.zeros(2)), FakeClient(Clock(), follow_wave), dataclasses.replace(ROBOT, rate=60.0), Execution(ROBOT, HORIZON, DT))
+        Bridge(FakeDriver(Clock(), np.zeros(2)), FakeClient(Clock(), follow_wave), dataclasses.replace(ROBOT, rate=60.0), Execution(ROBOT, HORIZON, DT), obs={"q": (2,)})
