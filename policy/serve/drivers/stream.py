@@ -202,7 +202,8 @@ class Streamed:
 
     def _check_heard(self) -> None:
         if (silent := time.monotonic() - self._heard) > self.stale:
-            raise Gone(f"{self.name} is gone: nothing heard for {silent:.2f} s. Check cable, power and network, then connect again")
+            self.fault = self.fault or Gone(f"{self.name} is gone: nothing heard for {silent:.2f} s. Check cable, power and network, then connect again")
+            raise self.fault
 
     def _state(self, stamp: float, q: Sequence[float] | np.ndarray, dq: Sequence[float] | np.ndarray, **info: Any) -> RobotState:
         """What was read at `stamp` [s, the robot's clock], checked. DriverError when it is no state."""
@@ -221,7 +222,7 @@ class Streamed:
         try:
             self._play()
         except Exception as e:
-            self.fault = self._error(e)
+            self.fault = self.fault or self._error(e)
             if not isinstance(e, Gone):
                 self._begin_halt()
 
