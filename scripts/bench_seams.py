@@ -12,7 +12,7 @@ from rich.table import Table
 from policy.train.log import console
 from scripts import common, suite
 
-MERGES = ("naive", "ensemble", "frozen", "guided", "identity")
+MERGES = ("naive", "ensemble", "frozen", "guided", "identity", "frozen@0.8", "guided@0.8")  # @: with a warm start at that noise time
 Facts = dict[str, Any]
 
 

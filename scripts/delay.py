@@ -1,5 +1,6 @@
 """`dipole eval delay run=…`: success against simulated latency, every delay on the same seeds; and which way of merging plans to use."""
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,14 @@ def delay(cfg: DictConfig, folder: Path, out: Path, evaluate: Evaluate) -> Found
 def chosen(cfg: DictConfig, folder: Path, delays: list[int]) -> list[str]:
     """cfg.merges that this run can plan with, naive first; [] where none are named."""
     merges = list(dict.fromkeys(cfg.merges or ()))
-    if unknown := [m for m in merges if m not in MERGES]:
-        raise ValueError(f"merges={merges}: {unknown[0]!r} is unknown; use some of {', '.join(MERGES)}")
+    if unknown := [m for m in merges if m.partition("@")[0] not in MERGES or not re.fullmatch(r"\w+(@[\d.]+)?", m)]:
+        raise ValueError(f"merges={merges}: {unknown[0]!r} is unknown; use some of {', '.join(MERGES)}, with a warm start at a noise time as guided@0.8")
     if not merges:
         return []
     rtc = checkpoint.read(folder / "checkpoints" / f"{cfg.checkpoint}.safetensors")[1]["planner"].get("rtc", 0)
-    if "prefix" in merges and rtc < max(delays):
+    if rtc < max(delays) and (told := [m for m in merges if m.startswith("prefix")]):
         console.print(f"prefix is left out: it needs a run trained with train.rtc={max(delays)} or more, and this one has {rtc or 'none'}", highlight=False)
-        merges.remove("prefix")
+        merges = [m for m in merges if m not in told]
     return ["naive", *(m for m in merges if m != "naive")]
 
 
@@ -113,7 +114,13 @@ def by_alignment(delays: list[int], align: bool, naive: bool) -> list[Point]:
 
 
 def by_merge(delays: list[int], merges: list[str]) -> list[Point]:
-    return [Point(merge, steps, {"delay": steps, "align": True, "merge": merge}, named(steps, merge)) for steps in sorted(delays) for merge in merges]
+    return [Point(merge, steps, {"delay": steps, "align": True, **control_of(merge)}, named(steps, merge)) for steps in sorted(delays) for merge in merges]
+
+
+def control_of(merge: str) -> dict[str, Any]:
+    """guided@0.8: merge guided, with a warm start at noise time .8."""
+    name, _, warm = merge.partition("@")
+    return {"merge": name, "warm": float(warm) if warm else None}
 
 
 def named(steps: int, merge: str) -> str:
@@ -150,20 +157,26 @@ def gate(late: dict[str, Found], base: Found, steps: int, fps: float) -> Found:
     else:
         sure = "" if lo >= KEEPS else f" (that it is {KEEPS:.0%} or more, {n} seeds do not prove)"
         less = f", {peak[best] / peak['naive']:.0%} of naive's" if best != "naive" and peak.get("naive") else ""
-        line = f"gate at {when}: {said}{sure}, with the least peak acceleration of the {len(passed)} that do, {peak[best]:.3g} ranges/s²{less}: " \
-               f"control.merge={best}"
+        line = f"gate at {when}: {said}{sure}, with the least peak acceleration of the {len(passed)} that do, {peak[best]:.3g} ranges/s²{less}: " + \
+               " ".join(setting(best))
     return {"merge": best, "delay": steps, "kept": kept, "accel_peak_normalised": peak, "passed": passed, "line": line}
 
 
 def adopt(folder: Path, merge: str) -> None:
     """From now on the run is evaluated, served and exported with this merge."""
     path, said = folder / "config.yaml", folder / "overrides.json"
-    saved = OmegaConf.load(path)
-    OmegaConf.update(saved, "control.merge", merge)
-    before = json.loads(said.read_text()) if said.exists() else []
-    said.write_text(json.dumps([*(o for o in before if o.split("=")[0].lstrip("+") != "control.merge"), f"control.merge={merge}"]))
+    saved, now = OmegaConf.load(path), {f"control.{key}": value for key, value in control_of(merge).items()}
+    for key, value in now.items():
+        OmegaConf.update(saved, key, value)
+    before = [o for o in (json.loads(said.read_text()) if said.exists() else []) if o.split("=")[0].lstrip("+") not in now]
+    said.write_text(json.dumps([*before, *setting(merge)]))
     path.write_text(OmegaConf.to_yaml(saved))
-    console.print(f"{path}: control.merge is {merge} now", highlight=False, soft_wrap=True)
+    console.print(f"{path} now has {' '.join(setting(merge))}", highlight=False, soft_wrap=True)
+
+
+def setting(merge: str) -> list[str]:
+    """What to type for it."""
+    return [f"control.{key}={'null' if value is None else value}" for key, value in control_of(merge).items()]
 
 
 def table(curves: dict[str, list[Found]], fps: float) -> Table:

@@ -9,7 +9,7 @@ from policy.episodes import smoothness
 from policy.train import checkpoint
 from scripts import bench_seams
 from scripts.common import load_actions
-from scripts.delay import gate
+from scripts.delay import adopt, gate
 from tests.test_scripts import SHORT, TINY, metrics, refused, run, shell  # noqa: F401  (fixtures)
 
 
@@ -41,19 +41,22 @@ def test_where_no_merge_keeps_success_it_stays_naive():
 
 
 def test_merges_are_compared_on_the_same_seeds_and_the_best_is_kept(shell, run):  # noqa: F811
-    told = ["eval", "delay", "run=run", "delays=[0,3]", "merges=[guided,frozen,prefix]", "dims=[0,1,2]", "out=merged", "control.execute=4", "adopt=true"]
+    told = ["eval", "delay", "run=run", "delays=[0,3]", "merges=[guided,frozen@0.6,prefix]", "dims=[0,1,2]", "out=merged", "control.execute=4", "adopt=true"]
     done = shell(*told, *SHORT)
     assert done.code == 0, done.err
     found = json.loads((shell.folder / "merged" / "delay.json").read_text())
-    assert {label: [p["delay"] for p in rows] for label, rows in found["curves"].items()} == {key: [0, 3] for key in ("naive", "guided", "frozen")}
+    assert {label: [p["delay"] for p in rows] for label, rows in found["curves"].items()} == {key: [0, 3] for key in ("naive", "guided", "frozen@0.6")}
     assert "prefix is left out: it needs a run trained with train.rtc=3" in done.out and found["gate"]["line"] in " ".join(done.out.split())
-    assert [r["name"] for r in found["runs"]] == ["delay 0, naive", "delay 0, guided", "delay 3, naive", "delay 3, guided", "delay 3, frozen"]
+    assert [r["name"] for r in found["runs"]] == [
+        "delay 0, naive", "delay 0, guided", "delay 0, frozen@0.6", "delay 3, naive", "delay 3, guided", "delay 3, frozen@0.6"]
     at = {name: shell.folder / "merged" / name.replace(", ", "-").replace(" ", "_") for name in ("delay 3, guided", "delay 3, naive")}
     assert json.loads((at["delay 3, guided"] / "metrics.json").read_text())["control"].items() >= {"merge": "guided", "delay": 3}.items()
     acted = [a[:, :3] for a in load_actions(at["delay 3, naive"] / "actions.npz").values()]
     want = smoothness(acted, 4, 3, np.array(metrics(shell, "merged/delay_3-naive")["smoothness"]["range"])[:3], 10)
     assert found["curves"]["naive"][1]["accel_peak"] == pytest.approx(want["accel_peak"]) and (shell.folder / "merged" / "delay.png").stat().st_size > 5000
-    kept = found["gate"]["merge"]
+    warm = json.loads((shell.folder / "merged" / "delay_3-frozen@0.6" / "metrics.json").read_text())["control"]
+    assert (warm["merge"], warm["warm"]) == ("frozen", 0.6)
+    kept = found["gate"]["merge"].partition("@")[0]
     assert OmegaConf.load(shell.folder / "run" / "config.yaml").control.merge == kept
     again = shell("eval", "run=run", "control.delay=1", "control.execute=4", "out=again", *SHORT)
     assert again.code == 0 and metrics(shell, "again")["control"]["merge"] == kept  # also where another setting of control is named
@@ -73,6 +76,16 @@ def test_training_time_chunking_from_the_command_line(shell, run):  # noqa: F811
     assert again.code == 0 and checkpoint.load(shell.folder / "told3")[0].rtc == 3, again.err
     refused(shell("train", "recipe=gantry", "data.path=demos.zarr", "run=x", "train.rtc=16", *TINY), "train.rtc=16 must be true (half the horizon)")
     refused(shell("train", "recipe=gantry", "data.path=demos.zarr", "run=x", "train.rtc=true", "formalism=consistency", *TINY), "objective=denoising")
+
+
+def test_a_winner_with_a_warm_start_is_kept_whole(tmp_path):
+    (tmp_path / "config.yaml").write_text("control: {execute: 4, merge: naive}\n")
+    (tmp_path / "overrides.json").write_text('["env=gantry", "control.merge=identity"]')
+    for merge, want in (("guided@0.8", {"execute": 4, "merge": "guided", "warm": 0.8}), ("frozen", {"execute": 4, "merge": "frozen", "warm": None})):
+        adopt(tmp_path, merge)
+        assert OmegaConf.load(tmp_path / "config.yaml").control == want
+        said = json.loads((tmp_path / "overrides.json").read_text())
+        assert said == ["env=gantry", f"control.merge={want['merge']}", f"control.warm={'null' if want['warm'] is None else 0.8}"]
 
 
 def test_the_table_of_seams_reads_what_the_evaluations_left():
