@@ -1,6 +1,7 @@
 """A trained planner as policy.serve.card.Backend: one robot's observation in, one chunk out, numpy on both sides."""
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from policy.planner import Planner
-from policy.serve.card import Card
+from policy.serve.card import Backend, Card
 from policy.timeline import MERGES
 
 
 class PlannerBackend:
     """planner: its sampler and guides as they are to be served.   config: what it was built from, part of the model's name.   facts: where it comes from.
 
-    Call it before the network is replaced by a quicker one of the same answers, which is the same model.
+    warm, limit, prior: as in Planner.plan.   Make it before the network is replaced by a quicker one of the same answers, which is the same model.
     """
 
-    def __init__(self, planner: Planner, config: Mapping[str, Any] | None = None, *, facts: Mapping[str, Any] | None = None):
-        self.planner = planner.eval().requires_grad_(False)
+    def __init__(self, planner: Planner, config: Mapping[str, Any] | None = None, *, facts: Mapping[str, Any] | None = None, warm: float | None = None,
+                 limit: float = 5.0, prior: float = 1.0):
+        self.planner, self.warm, self.limit, self.prior = planner.eval().requires_grad_(False), warm, limit, prior
         self.device = next(planner.normalizer.buffers()).device
         spec = planner.spec
         name = model_id(planner, {"planner": dict(config or {}), "spec": spec.to_json()})
@@ -35,7 +37,8 @@ class PlannerBackend:
         seen = {k: self._tensor(obs[k]) for k in self.planner.spec.obs}
         promised = None if prefix is None or not len(prefix) else self._tensor(prefix)
         start = None if noise is None else self._tensor(noise)
-        plan = self.planner.plan(seen, noise=start, prefix=promised, committed=None if promised is None else committed, merge=merge, draw=drawing(noise))
+        plan = self.planner.plan(seen, noise=start, prefix=promised, committed=None if promised is None else committed, merge=merge, warm=self.warm,
+                                 limit=self.limit, prior=self.prior, draw=drawing(noise))
         return plan[0].float().cpu().numpy()
 
     def _tensor(self, x: np.ndarray) -> Tensor:
@@ -67,3 +70,14 @@ def trained_range(planner: Planner) -> tuple[tuple[float, ...], tuple[float, ...
     unit = torch.ones(1, 1, planner.spec.action_dim, device=next(planner.normalizer.buffers()).device)
     low, high = (planner.normalizer.decode({"action": sign * unit})["action"].flatten().tolist() for sign in (-1, 1))
     return tuple(low), tuple(high)
+
+
+class Delayed:
+    """A backend whose plans take `seconds` longer, to see what a slower one does."""
+
+    def __init__(self, backend: Backend, seconds: float):
+        self.backend, self.seconds, self.card = backend, seconds, backend.card
+
+    def plan(self, obs: Mapping[str, np.ndarray], **request: Any) -> np.ndarray:
+        time.sleep(self.seconds)
+        return self.backend.plan(obs, **request)

@@ -107,7 +107,8 @@ class PlannerClient:
         return self.ledger.latest()
 
     def plan(self, obs: Mapping[str, Any], t_obs: float | None = None, *, timeout: float = 10.0, **request: Any) -> Chunk:
-        """submit() and wait for this very chunk. TimeoutError, PlannerError with the reason, WrongRobot."""
+        """Wait for the connection, submit() and wait for this very chunk. TimeoutError, PlannerError with the reason, WrongRobot."""
+        self.wait_ready(timeout)
         seq = self.submit(obs, time.monotonic() if t_obs is None else t_obs, **request)
         answer = self.ledger.wait(seq, timeout, lambda: self.refused)
         if isinstance(answer, Chunk):

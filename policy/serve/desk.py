@@ -12,6 +12,7 @@ import numpy as np
 from policy.serve.card import Backend
 from policy.serve.packing import WireError
 from policy.serve.wire import Observation
+from policy.timeline import CONTINUES
 
 WARM_UP = 3
 log = logging.getLogger("dipole.serve")
@@ -51,10 +52,14 @@ class Desk:
     async def warm_up(self) -> None:
         """The first plans, slow ones, before anybody waits for them. ValueError when they are none."""
         obs = {k: np.zeros((self.card.t_obs, *size), np.float32) for k, size in self.card.obs.items()}
-        for seed in range(WARM_UP):
-            plan = await self._plan(Observation(0, 0, 0, obs, seed=seed), time.monotonic())
+        promised = np.zeros((self.card.horizon, self.card.action_dim), np.float32)
+        trials = [Observation(0, 0, 0, obs, seed=seed) for seed in range(WARM_UP)]
+        trials += [Observation(0, 0, 0, obs, prefix=promised, committed=min(1, self.card.committed), merge=merge, seed=0)
+                   for merge in self.card.merges if merge in CONTINUES]
+        for trial in trials:
+            plan = await self._plan(trial, time.monotonic())
             if isinstance(plan, WireError):
-                raise ValueError(f"the model cannot be served: {plan.text}. Its answer to an observation of zeros shows it; the log says more")
+                raise ValueError(f"the model cannot be served: {plan.text}. Its answer to an observation of zeros (merge={trial.merge}) shows it")
 
     def put(self, place: Place, request: Observation) -> Observation | None:
         """Let the request wait at its place; returns the one that it pushes out."""

@@ -71,7 +71,7 @@ NAMES: dict[type, str] = {Hello: "hello", Observation: "obs", Planned: "chunk", 
 
 def pack(message: Message, limits: Limits = LIMITS) -> bytes:
     """WireError when an array has no place on the wire or the whole is too big for the other side."""
-    body = {name: _plain(getattr(message, name)) for name in message.__dataclass_fields__}
+    body = {name: _plain(value) for name, value in vars(message).items()}
     data: bytes = msgpack.packb({"v": VERSION, "type": NAMES[type(message)], **body})
     if len(data) > limits.bytes:
         raise WireError("too_big", f"the message has {len(data)} bytes, the other side takes {limits.bytes}: send smaller images, or raise the server's limit")

@@ -1,11 +1,14 @@
 """Far sides of the tests: planner servers in processes of their own, and what they serve."""
+import ast
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +84,7 @@ class Far:
 
 @contextlib.contextmanager
 def toy_server(*, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[Far]:
-    """PlannerServer(Toy(plan_ms), **options) in a process; `service` and `limits` are dicts, `card` changes the toy's."""
+    """PlannerServer(Toy(plan_ms), **options) in a process; `service` and `limits` are dicts, `card` changes the toy's; planner=PATH serves planner_of."""
     far = Far([sys.executable, "-m", "tests.serve.far", repr(options)], env)
     try:
         yield far
@@ -93,8 +96,21 @@ def toy_server(*, env: Mapping[str, str] | None = None, **options: Any) -> Itera
         far.process.stdout.close()
 
 
+def planner_of(path: str) -> Any:
+    """A planner of the dataset at `path` (made when it is not there) that draws nothing: the same weights and plans in every process."""
+    import torch
+
+    from policy.data.store import Store
+    from policy.diffusion.samplers import first_order
+    from tests.helpers import make_data, make_planner, make_store
+    torch.set_num_threads(1)
+    store = Store.open(Path(path)) if Path(path).exists() else make_store(Path(path))
+    planner = make_planner(make_data(store)).eval()
+    planner.set_sampler(first_order, 5, temperature=0.0)
+    return planner
+
+
 def free_port() -> int:
-    import socket
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
@@ -102,15 +118,15 @@ def free_port() -> int:
 
 
 def main(text: str) -> None:
-    import ast
-    from dataclasses import replace
-
     from policy.serve.packing import Limits
     from policy.serve.server import PlannerServer, Service
     options = ast.literal_eval(text)
-    toy = Toy(options.pop("plan_ms", 0.0), replace(CARD, **options.pop("card", {})))
+    backend: Any = Toy(options.pop("plan_ms", 0.0), replace(CARD, **options.pop("card", {})))
+    if path := options.pop("planner", None):
+        from policy.serve.backend import PlannerBackend
+        backend = PlannerBackend(planner_of(path))
     service, limits = Service(**options.pop("service", {})), Limits(**options.pop("limits", {}))
-    PlannerServer(toy, service=service, limits=limits, **options).run(lambda line: print(line, flush=True))
+    PlannerServer(backend, service=service, limits=limits, **options).run(lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

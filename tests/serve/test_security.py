@@ -1,0 +1,410 @@
+"""What strangers, clumsy clients and bad networks may try; docs/threats.md names each of these tests beside its threat."""
+import ast
+import contextlib
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("websockets", reason="pip install 'dipole[serve]'")
+pytest.importorskip("prometheus_client", reason="pip install 'dipole[serve]'")
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
+from websockets.frames import Frame, Opcode
+from websockets.sync.client import connect
+
+from policy.serve.client import PlannerClient, PlannerError, Timeouts
+from policy.serve.packing import CODES
+from policy.serve.wire import Err, Planned
+from tests.serve.far import ROOT, Far, obs, toy_server
+from tests.serve.test_server import ask, dial, hear, http
+
+TOKEN = "correct-horse-battery-staple"
+SERVE = sorted((ROOT / "policy/serve").glob("*.py"))
+NETWORK = {"wire", "packing", "server", "desk", "metrics", "openpi", "client", "ledger", "expect", "backend", "card"}  # what bytes of strangers come by
+
+
+@pytest.fixture(scope="module")
+def server():
+    with toy_server() as far:
+        yield far
+        assert far.process.poll() is None  # whatever was tried
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    with toy_server(env={"DIPOLE_TOKEN": TOKEN}, token=TOKEN) as far:
+        yield far
+
+
+def alive(far: Far, **options) -> None:
+    """It answers a good request."""
+    with PlannerClient(far.url, **options) as client:
+        assert client.plan(obs(1, 2), timeout=30).actions[0].tolist() == [1, 2]
+
+
+def raw(far: Far) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", far.port))
+    sock.settimeout(30)
+    return sock
+
+
+def upgraded(far: Far) -> socket.socket:
+    """A websocket with nobody behind it who speaks the protocol."""
+    sock = raw(far)
+    sock.sendall(b"GET /plan HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+                 b"Sec-WebSocket-Version: 13\r\n\r\n")
+    assert b"101" in sock.recv(4096)
+    return sock
+
+
+def closed_after(sock: socket.socket) -> float:
+    """Seconds until the server lets go; whatever it still says is read."""
+    start = time.monotonic()
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        while sock.recv(65536):
+            pass
+    return time.monotonic() - start
+
+
+# who comes in
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong-token-of-good-length", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}", TOKEN,
+                                    "Bearer ", "Bearer", f"bearer  {TOKEN}"])
+@pytest.mark.parametrize("path", ["/plan", "/", "/metrics"])
+def test_without_the_token_there_is_only_401(guarded, header, path):
+    headers = {} if header is None else {"Authorization": header}
+    assert http(guarded, path, **headers)[0] == 401
+    if path != "/metrics":
+        with pytest.raises(InvalidStatus, match="401"), dial(guarded, path, additional_headers=headers):
+            pass
+
+
+def test_a_token_that_is_no_text_is_401(guarded):
+    sock = raw(guarded)
+    sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\xed\r\n\r\n")
+    assert b" 401 " in sock.recv(4096) + sock.recv(4096)
+
+
+def test_with_the_token_everything_works(guarded):
+    alive(guarded, token=TOKEN)
+    assert http(guarded, "/metrics", Authorization=f"Bearer {TOKEN}")[0] == 200
+    assert http(guarded, "/healthz")[0] == 200  # tells nothing but that it runs
+    with PlannerClient(guarded.url) as client:
+        with pytest.raises(TimeoutError, match="DIPOLE_TOKEN"):
+            client.wait_ready(1)
+        assert client.stats.errors["http_401"] >= 2
+
+
+def test_the_token_is_compared_in_constant_time():
+    """hmac.compare_digest and nothing before it that looks at the secret."""
+    source = ast.parse((ROOT / "policy/serve/server.py").read_text())
+    function = next(n for n in ast.walk(source) if isinstance(n, ast.FunctionDef) and n.name == "authorised")
+    compared = [text for n in ast.walk(function) if isinstance(n, ast.Compare) and re.search("token|secret", text := ast.unparse(n))]
+    assert "hmac.compare_digest" in ast.unparse(function) and not compared
+
+
+def test_a_web_page_cannot_use_a_planner_on_the_same_computer(server):
+    for path in ("/plan", "/"):
+        with pytest.raises(InvalidStatus, match="403"), dial(server, path, origin="https://evil.example"):
+            pass
+
+
+@pytest.mark.parametrize("options", [{"host": "0.0.0.0"}, {"host": "0.0.0.0", "token": TOKEN}])
+def test_a_start_that_would_let_strangers_in_fails(options):
+    with pytest.raises(RuntimeError, match="lets other computers in"), toy_server(**options):
+        pass
+
+
+def certificate(folder: Path) -> tuple[str, str]:
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=planner",
+                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return str(cert), str(key)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
+def test_with_tls_nobody_reads_along_and_only_the_right_certificate_is_trusted(tmp_path):
+    (tmp_path / "other").mkdir()
+    tls, other = certificate(tmp_path), certificate(tmp_path / "other")
+    with toy_server(tls=tls) as far:
+        assert far.url.startswith("wss://")
+        alive(far, tls_ca=tls[0])
+        for ca in (None, other[0]):
+            with PlannerClient(far.url, tls_ca=ca) as client:
+                with pytest.raises(TimeoutError, match="TLS failed: CERTIFICATE_VERIFY_FAILED"):
+                    client.wait_ready(1)
+                assert client.stats.errors["tls"] >= 1
+        with pytest.raises((InvalidMessage, ConnectionError, EOFError)):
+            with connect(far.url.replace("wss", "ws") + "/plan", proxy=None):
+                pass
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+        with raw(far) as sock, old.wrap_socket(sock) as wrapped:
+            assert wrapped.version() in ("TLSv1.2", "TLSv1.3")
+
+
+# what they may take
+
+def test_more_connections_than_places_are_turned_away_and_places_come_back():
+    with toy_server(service={"connections": 3}) as far:
+        with dial(far), dial(far):
+            with dial(far):
+                with pytest.raises(InvalidStatus, match="503"), dial(far):
+                    pass
+                assert http(far, "/healthz")[0] == 200
+            alive(far)
+
+
+def test_slow_loris_is_let_go_and_keeps_nobody_out():
+    """Handshakes that never end, one byte at a time: each is over after open=1 s, and those beyond the bound at once."""
+    with toy_server(service={"connections": 8, "open": 1.0}) as far:
+        socks = [raw(far) for _ in range(12)]
+        start = time.monotonic()
+        gone: set[int] = set()
+        for byte in b"GET /plan HTTP/1.1\r\nHost: " + b"x" * 1000:
+            for i, sock in enumerate(socks):
+                if i not in gone:
+                    try:
+                        sock.send(bytes([byte]))
+                        sock.setblocking(False)
+                        if sock.recv(100) == b"":
+                            gone.add(i)
+                    except BlockingIOError:
+                        pass
+                    except OSError:
+                        gone.add(i)
+            if len(gone) == len(socks):
+                break
+            if time.monotonic() - start < 0.5:
+                assert http(far, "/healthz")[0] == 200
+            time.sleep(0.02)
+        assert len(gone) == len(socks) and time.monotonic() - start < 15
+        alive(far)
+
+
+def test_connections_beyond_twice_the_places_are_let_go_at_once():
+    with toy_server(service={"connections": 2, "open": 30.0}) as far:
+        held = [raw(far) for _ in range(4)]  # they say nothing
+        time.sleep(0.1)
+        extra = raw(far)
+        assert closed_after(extra) < 10
+        for sock in held:
+            sock.close()
+        alive(far)
+
+
+def test_an_oversize_message_closes_with_1009_before_it_is_read(server):
+    with dial(server) as ws:
+        hear(ws)
+        with pytest.raises(ConnectionClosed) as e:
+            ws.send(b"x" * (5 << 20))
+            ws.recv(timeout=20)
+        assert e.value.rcvd is None or e.value.rcvd.code == 1009
+    sock = upgraded(server)
+    sock.sendall(b"\x82\xff" + (1 << 40).to_bytes(8, "big") + b"abcd")  # a header that announces a TiB
+    assert closed_after(sock) < 10
+    alive(server)
+
+
+@pytest.mark.parametrize("fragment", [b"", b"x"])
+def test_a_message_of_countless_fragments_is_refused(server, fragment):
+    """Empty ones never reach a limit of bytes."""
+    before, sock = server.rss_mb(), upgraded(server)
+    first = Frame(Opcode.BINARY, fragment, False).serialize(mask=True)
+    rest = Frame(Opcode.CONT, fragment, False).serialize(mask=True) * 1000
+    with contextlib.suppress(OSError):
+        sock.sendall(first)
+        for _ in range(200):
+            sock.sendall(rest)
+    assert closed_after(sock) < 20
+    assert server.rss_mb() - before < 20
+    alive(server)
+
+
+def test_a_message_that_stops_in_the_middle_ends_the_connection(server):
+    sock = upgraded(server)
+    sock.sendall(b"\x82\xfe\x10\x00abcd" + b"x" * 100)  # 100 of 4096 bytes
+    assert closed_after(sock) < 15
+    alive(server)
+
+
+def test_a_client_that_does_not_read_is_let_go_and_costs_nothing():
+    """It sends for ever and takes no answer: the server stops reading, then ends it."""
+    with toy_server(service={"send": 0.5, "pong": 1.0}) as far:
+        sock = upgraded(far)
+        frame = Frame(Opcode.BINARY, ask(1, obs={}), True).serialize(mask=True)
+        sock.settimeout(1)
+        start, before = time.monotonic(), far.rss_mb()
+        with pytest.raises(OSError):
+            while time.monotonic() - start < 30:
+                with contextlib.suppress(TimeoutError):
+                    sock.sendall(frame * 100)
+        assert far.rss_mb() - before < 20
+        alive(far)
+
+
+def test_more_than_ten_errors_a_second_close_with_1008():
+    with toy_server() as far, dial(far) as ws:
+        hear(ws)
+        for _ in range(12):
+            with contextlib.suppress(ConnectionClosed):
+                ws.send(b"\xc1")
+        codes = []
+        with pytest.raises(ConnectionClosed) as e:
+            while True:
+                codes.append(hear(ws).code)
+        assert codes == ["undecodable"] * 11 and e.value.rcvd is not None and e.value.rcvd.code == 1008
+        alive(far)
+
+
+def test_replaced_and_late_requests_are_no_errors():
+    """They are the network's fault, not the client's: 40 in a moment end nothing."""
+    with toy_server(plan_ms=30.0) as far, dial(far) as ws:
+        hear(ws)
+        for seq in range(40):
+            ws.send(ask(seq, deadline_ms=0.0))
+        answers = [hear(ws) for _ in range(40)]
+        assert {a.code for a in answers} == {"superseded", "expired"}
+        ws.send(ask(99))
+        assert hear(ws).seq == 99
+
+
+# fuzz
+
+def frames(n: int, seed: int):
+    """Random bytes, cut and mutated observations, in about equal parts."""
+    rng = np.random.default_rng(seed)
+    good = [ask(1, seed=2), ask(2, prefix=np.zeros((3, 2)), committed=2, merge="frozen", deadline_ms=5.0), ask(3, noise=np.zeros((8, 2)))]
+    for i in range(n):
+        data = bytearray(good[rng.integers(3)])
+        if i % 3 == 0:
+            data = bytearray(rng.bytes(int(rng.integers(0, 300))))
+        elif i % 3 == 1:
+            del data[rng.integers(len(data)):]
+        else:
+            for at in rng.integers(len(data), size=rng.integers(1, 6)):
+                data[at] = rng.integers(256)
+        yield bytes(data)
+
+
+def fuzz(far: Far, n: int, seed: int) -> tuple[int, int, int]:
+    """Send n frames, on a new connection whenever one is closed; answers, chunks among them, connections."""
+    answers = chunks = connections = 0
+    todo = frames(n, seed)
+    while (data := next(todo, None)) is not None:
+        connections += 1
+        with contextlib.suppress(ConnectionClosed), dial(far) as ws:
+            hear(ws)
+            while data is not None:
+                try:
+                    ws.send(data)
+                    answer = hear(ws, 30)
+                except ConnectionClosed as e:
+                    assert e.rcvd is not None and e.rcvd.code == 1008
+                    break
+                answers += 1
+                chunks += isinstance(answer, Planned)
+                assert isinstance(answer, Planned) or (isinstance(answer, Err) and answer.code in CODES and "Traceback" not in answer.text)
+                data = next(todo, None)
+    return answers, chunks, connections
+
+
+def test_a_thousand_random_and_mutated_frames_leave_it_standing(server):
+    answers, chunks, connections = fuzz(server, 1000, 0)
+    assert answers >= 900 and 1 <= chunks < 300 and connections > 1
+    alive(server)
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_and_mutated_frames_leave_it_standing(server):
+    before = server.rss_mb()
+    answers, chunks, connections = fuzz(server, 10_000, 1)
+    print(f"{answers} answers, {chunks} chunks, {connections} connections, rss {before:.1f} -> {server.rss_mb():.1f} MB")
+    assert answers >= 9000
+    assert server.rss_mb() - before < 10
+    alive(server)
+
+
+def test_garbage_instead_of_http_leaves_it_standing(server):
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        with contextlib.suppress(OSError), raw(server) as sock:
+            sock.sendall(rng.bytes(int(rng.integers(1, 2000))) if i % 2 else b"GET " + rng.bytes(50) + b"\r\n\r\n")
+    for _ in range(30):  # and instead of frames
+        with contextlib.suppress(OSError), upgraded(server) as sock:
+            sock.sendall(rng.bytes(int(rng.integers(1, 2000))))
+    alive(server)
+
+
+# robots whose planner fails
+
+def test_a_stopped_client_frees_its_place():
+    with toy_server(service={"connections": 1, "pong": 0.5}) as far:
+        sock = upgraded(far)
+        with pytest.raises(InvalidStatus, match="503"):
+            dial(far)
+        assert closed_after(sock) < 15
+        alive(far)
+
+
+def test_a_plan_that_is_not_finite_is_never_sent(server):
+    with PlannerClient(server.url) as client:
+        with pytest.raises(PlannerError) as e:
+            client.plan(obs(how=2), timeout=30)
+        assert e.value.code == "not_finite" and client.stats.chunks == 0
+
+
+def test_a_stopped_server_gives_the_client_nothing_stale():
+    with toy_server() as far, PlannerClient(far.url, timeouts=Timeouts(ping=0.1, pong=0.4, open=0.5)) as client:
+        client.wait_ready(30)
+        far.signal(signal.SIGSTOP)
+        client.submit(obs(1), time.monotonic())
+        end = time.monotonic() + 30
+        while client.connected and time.monotonic() < end:
+            time.sleep(0.01)
+        far.signal(signal.SIGCONT)
+        client.wait_ready(30)
+        time.sleep(0.2)
+        assert client.latest() is None
+
+
+# the code itself
+
+def test_nothing_unpickles_evaluates_or_opens_what_a_client_names():
+    """In all of policy/serve: no pickle, eval or the like; where bytes of strangers come by, no file is opened and nothing imported by name."""
+    banned_modules = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "jsonpickle", "code", "runpy", "imp"}
+    banned_calls = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
+    banned_attributes = {"torch.load", "np.load", "numpy.load", "np.loadtxt", "np.fromfile", "os.system", "os.popen", "yaml.load"}
+    here = r"(^|\.)(open|read_text|read_bytes|Path|import_module|getattr)$"
+    for path in [*SERVE, *sorted((ROOT / "policy/serve").glob("*/*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else {(node.module or "").split(".")[0]}
+                assert not names & banned_modules, f"{path.name} imports {names & banned_modules}"
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in banned_calls | banned_attributes, f"{path.name}:{node.lineno} calls {called}"
+                near = path.stem in NETWORK and path.parent.name == "serve"
+                assert not (near and re.search(here, called)), f"{path.name}:{node.lineno} calls {called}"
+    assert {p.stem for p in SERVE} >= NETWORK
+
+
+def test_every_threat_has_its_test():
+    """docs/threats.md names tests as `test_file.py::test_name`."""
+    text = (ROOT / "docs/threats.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| threat", "| ---"))]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`(?:(test_\w+)\.py::)(test_\w+)`", row)
+        assert named, f"no test shows: {row}"
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / f"tests/serve/{file}.py").read_text(), f"{file}.py has no {test}"
+
+
