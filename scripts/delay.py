@@ -158,7 +158,7 @@ def gate(late: dict[str, Found], base: Found, steps: int, fps: float) -> Found:
         sure = "" if lo >= KEEPS else f" (that it is {KEEPS:.0%} or more, {n} seeds do not prove)"
         less = f", {peak[best] / peak['naive']:.0%} of naive's" if best != "naive" and peak.get("naive") else ""
         line = f"gate at {when}: {said}{sure}, with the least peak acceleration of the {len(passed)} that do, {peak[best]:.3g} ranges/s²{less}: " + \
-               " ".join(setting(best))
+               " ".join(o for o in setting(best) if not o.endswith("=null"))
     return {"merge": best, "delay": steps, "kept": kept, "accel_peak_normalised": peak, "passed": passed, "line": line}
 
 
