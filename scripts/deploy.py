@@ -1,5 +1,6 @@
 """Drive a robot by a trained policy, server, bridge and robot in three processes: dipole deploy demo run=outputs/gantry."""
 import math
+import os
 import signal
 import sys
 import time
@@ -7,10 +8,11 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from policy.page import counted
+from policy.page import counted, save_json
 from policy.serve.bridge import Bridge, Settings
 from policy.serve.client import PlannerClient
 from policy.serve.execution import Execution
@@ -28,6 +30,10 @@ SIMULATED = 10.0  # s an episode of a simulated robot may take
 
 def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True)
+
+
+def robot_of(cfg: DictConfig) -> RobotSpec:
+    return instantiate(plain(cfg.robot)["spec"], _convert_="all")
 
 
 def folder_of(cfg: DictConfig, robot: RobotSpec) -> Path:
@@ -72,31 +78,31 @@ def won(state: RobotState) -> bool:
     return bool(state.info.get("success"))
 
 
-def session(cfg: DictConfig, stack: ExitStack, folder: Path, delay: float = 0.0) -> tuple[RobotSpec, Any, PlannerClient]:
-    """Robot, connected driver and connected client, closed by the stack; the server is started when no url is given."""
-    node = plain(cfg.robot)
-    robot = instantiate(node["spec"])
+def session(cfg: DictConfig, stack: ExitStack, folder: Path, delay: float = 0.0, record: bool = True) -> tuple[RobotSpec, Any, PlannerClient, int]:
+    """Robot, driver, connected client and the server's process (0: not ours), closed by the stack; the server is started when no url is given."""
+    pid, node = 0, plain(cfg.robot)
+    robot = robot_of(cfg)
     url, token = cfg.url, serving.token(cfg.token_file)
     if not url:
-        url = stack.enter_context(serving.server(cfg, delay, folder / "server.log"))
+        url, pid = stack.enter_context(serving.server(cfg, delay, folder / "server.log"))
     client = PlannerClient(url, token=token, tls_ca=cfg.tls_ca)
     stack.callback(client.close)
     if wrong := serving.misfit(client.wait_ready(30.0), robot):
         raise ValueError(f"the policy at {url} does not fit robot={robot.name}: {wrong}")
-    extra = {"log": str(folder / "robot.npz")} if str(node["driver"]["_target_"]).endswith("MujocoDriver") else {}
+    extra = {"log": str(folder / "robot.npz")} if record and str(node["driver"]["_target_"]).endswith("MujocoDriver") else {}
     driver = instantiate(node["driver"], **extra, _convert_="all")
     stack.callback(driver.close)
-    return robot, driver, client
+    return robot, driver, client, pid
 
 
 def demo(cfg: DictConfig) -> dict[str, Any]:
     """Episodes on the simulated robot, then the picture of what happened, the video and the page."""
-    folder = folder_of(cfg, instantiate(cfg.robot.spec))
+    folder = folder_of(cfg, robot_of(cfg))
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder / "bridge.jsonl")
     with ExitStack() as stack:
         stack.callback(journal.close)
-        robot, driver, client = session(cfg, stack, folder, cfg.delay)
+        robot, driver, client, _ = session(cfg, stack, folder, cfg.delay)
         bridge = make_bridge(cfg, robot, driver, client, journal)
         bridge.connect()
         with View(bridge, console=console) if cfg.view and console.is_terminal else nullcontext():
@@ -113,7 +119,7 @@ def demo(cfg: DictConfig) -> dict[str, Any]:
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Closed-loop success through the three processes at several planning delays, beside the in-process evaluation of the same seeds."""
-    folder = folder_of(cfg, instantiate(cfg.robot.spec))
+    folder = folder_of(cfg, robot_of(cfg))
     folder.mkdir(parents=True, exist_ok=True)
     inside = serving.in_process(cfg, folder)
     plans: list[tuple[float, dict[str, Any]]] = [(d, {}) for d in cfg.delays]
@@ -125,7 +131,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             sub = folder / name.replace(", ", "-").replace(" ", "_")
             journal = Journal(sub / "bridge.jsonl")
             stack.callback(journal.close)
-            robot, driver, client = session(cfg, stack, sub, delay)
+            robot, driver, client, _ = session(cfg, stack, sub, delay)
             bridge = make_bridge(cfg, robot, driver, client, journal, **control)
             bridge.connect()
             with bar() as progress:
@@ -145,14 +151,44 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     return {"folder": str(folder), **{f"{r['delay']}{'' if r['aligned'] else 'u'}": r["success"] for r in table}}
 
 
+def soak(cfg: DictConfig) -> dict[str, Any]:
+    """Episode after episode for cfg.minutes, and what memory the three processes keep meanwhile."""
+    folder = folder_of(cfg, robot_of(cfg))
+    folder.mkdir(parents=True, exist_ok=True)
+    journal, start, memory = Journal(folder / "bridge.jsonl", keep=30.0), time.monotonic(), []
+    with ExitStack() as stack, bar() as progress:
+        stack.callback(journal.close)
+        _, driver, client, server = session(cfg, stack, folder, cfg.delay, record=False)
+        bridge = make_bridge(cfg, robot_of(cfg), driver, client, journal)
+        bridge.connect()
+        pids = {"bridge": os.getpid(), "server": server, "robot": driver.process.pid}
+        task, wins, count = progress.add_task("soak", total=60 * cfg.minutes, note=""), 0, 0
+        while (spent := time.monotonic() - start) < 60 * cfg.minutes:
+            one = cfg.copy()
+            one.seed = cfg.seed + count
+            row = episodes(bridge, one, 1)[0]
+            wins, count = wins + row["success"], count + 1
+            memory.append({"s": round(spent, 1), **{name: serving.resident(pid) for name, pid in pids.items()}})
+            progress.update(task, completed=int(spent), note=f"{wins} of {count} won")
+        facts = journal.finish({**bridge.counts, **bridge.execution.counts}, bridge.limiter)
+    third = max(1, len(memory) // 3)
+    growth = {name: float(np.median([m[name] for m in memory[-third:]]) - np.median([m[name] for m in memory[third: 2 * third]])) for name in pids}
+    save_json(folder / "soak.json", {"minutes": cfg.minutes, "episodes": count, "success": wins / count, "growth_mb": growth, "memory": memory, **facts})
+    deploy_page.draw_memory(folder / "memory.png", memory)
+    words = ", ".join(f"{name} {memory[-1][name]:.0f} MB ({mb:+.1f})" for name, mb in growth.items())
+    console.print(f"[bold]{cfg.minutes:g} minutes, {wins} of {counted(count, 'episode')} succeeded; memory, and the last third against the one before: "
+                  f"{words}[/]: {folder / 'soak.json'}", highlight=False, soft_wrap=True)
+    return {"folder": str(folder), **growth}
+
+
 def drive(cfg: DictConfig) -> dict[str, Any]:
     """Drive the robot until ctrl-C or the time limit; a robot that stopped asks to be re-armed."""
-    folder = folder_of(cfg, instantiate(cfg.robot.spec))
+    folder = folder_of(cfg, robot_of(cfg))
     folder.mkdir(parents=True, exist_ok=True)
     journal, ended = Journal(folder / "bridge.jsonl"), []
     with ExitStack() as stack:
         stack.callback(journal.close)
-        robot, driver, client = session(cfg, stack, folder, cfg.delay)
+        robot, driver, client, _ = session(cfg, stack, folder, cfg.delay)
         bridge = make_bridge(cfg, robot, driver, client, journal)
         bridge.connect()
         previous = {s: signal.signal(s, lambda *_: ended.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -174,7 +210,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
 
 @verb("deploy", of_run=("robot",))
 def main(cfg: DictConfig) -> dict[str, Any]:
-    known = {"demo": demo, "eval": evaluate, None: drive}
+    known = {"demo": demo, "eval": evaluate, "soak": soak, None: drive}
     if cfg.do not in known:
         raise ValueError(f"dipole deploy {cfg.do} is unknown; use dipole deploy demo run=FOLDER, dipole deploy eval run=FOLDER, "
                          "or dipole deploy robot=NAME url=…")

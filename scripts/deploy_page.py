@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
@@ -13,6 +14,7 @@ from policy.serve.robot import RobotSpec
 from policy.train.log import console
 
 COLOURS = {"RUN": "#15935a", "DEGRADED": "#d97706", "BRAKE": "#d33c3c", "HOLD": "#2563eb", "STOP": "#1b1f24"}
+FPS = 25
 SHOWN = 12.0  # s of the timeline that are drawn: the first
 
 
@@ -111,19 +113,32 @@ def timeline(out: Path, journal: Journal, robot: RobotSpec) -> None:
 
 
 def film(folder: Path, node: DictConfig) -> dict[str, Any]:
-    """video.mp4 of what the simulated robot's log holds, {} where it cannot be drawn."""
+    """video.mp4 of what the simulated robot recorded, {} where it cannot be drawn."""
     try:
         import imageio
 
         from envs import render
-        from scripts.deploy_film import states
-        task, qpos, mocap, fps = states(folder / "robot.npz", OmegaConf.to_container(node, resolve=True))
+        from envs.task import Task
+        options: Any = OmegaConf.to_container(node.driver).get("options")  # type: ignore[union-attr]
+        task: Task = get_class(node.driver.task.replace(":", "."))(**(options or {}))
+        qpos, mocap, success = states(folder / "robot.npz")
         frames = render.frames(task.model, qpos, mocap, camera=task.camera, size=384)
-        imageio.mimwrite(folder / "video.mp4", list(frames), fps=fps, codec="libx264", quality=7)
-    except Exception as e:
+        imageio.mimwrite(folder / "video.mp4", list(frames), fps=FPS, codec="libx264", quality=7)
+    except Exception as e:  # of whatever kind: the numbers are worth more than the pictures
         console.print(f"[yellow]no video: {e}. The numbers are saved; `dipole doctor` says how to get a GL backend[/]", highlight=False)
         return {}
-    return {"videos": [{"file": "video.mp4", "caption": "the simulated robot, real time", "wide": True}]}
+    return {"videos": [{"file": "video.mp4", "caption": f"the simulated robot in real time, {page.counted(success, 'episode')}", "wide": True}]}
+
+
+def states(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    """qpos (t, nq) and mocap_pos (t, nmocap, 3), FPS a second, of the steps in which the robot had been told to move; how many episodes these are."""
+    with np.load(path) as log:
+        commanded, episode, qpos, number, mocap, dt = (log[k] for k in ("commanded", "episode", "qpos", "number", "mocap", "dt"))
+    moves = np.r_[False, np.abs(np.diff(commanded, axis=0)).max(1) > 0] & (np.r_[-1, episode[:-1]] == episode)
+    every = max(1, round(1 / (FPS * float(dt))))
+    kept = np.flatnonzero(np.convolve(moves, np.ones(2 * every * FPS // 4 + 1), "same") > 0)[::every]
+    where = {int(n): i for i, n in enumerate(number)}
+    return qpos[kept], mocap[[where[int(n)] for n in episode[kept]]], len(np.unique(episode[kept]))
 
 
 def write_evaluation(folder: Path, result: dict[str, Any]) -> Path:
@@ -135,6 +150,22 @@ def write_evaluation(folder: Path, result: dict[str, Any]) -> Path:
              "processes, in real time, beside the simulator's own loop on the same seeds</p></header>",
              f'<div class="card wide"><table><tr>{names}</tr>{body}</table></div>', numbers(result)]
     return page.write(folder / "report.html", f"{result['robot']} · deployment", parts)
+
+
+def draw_memory(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Resident memory of the three processes against time."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 3.4), dpi=120)
+    for name in ("bridge", "server", "robot"):
+        ax.plot([r["s"] / 60 for r in rows], [r[name] for r in rows], label=name)
+    ax.set(xlabel="minutes", ylabel="resident memory, MB", ylim=(0, None))
+    ax.legend(frameon=False, ncol=3)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(out)
+    plt.close(fig)
 
 
 COLUMNS = ("planning delay", "success", "95 % interval", "s to success", "late p99, ms", "missed", "delay, steps", "seam p99", "running")

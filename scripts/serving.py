@@ -41,15 +41,18 @@ def misfit(card: Card, robot: RobotSpec) -> str:
 
 
 @contextmanager
-def server(cfg: DictConfig, delay: float, log: Path, seconds: float = 180.0) -> Iterator[str]:
-    """`dipole serve` of cfg.run or cfg.artifact in a process of its own on a free port; its address. OSError with its last words when it does not start."""
+def server(cfg: DictConfig, delay: float, log: Path, seconds: float = 180.0) -> Iterator[tuple[str, int]]:
+    """`dipole serve` of cfg.run or cfg.artifact in a process of its own on a free port; its address and process.
+
+    OSError with its last words when it does not start.
+    """
     source = f"run={cfg.run}" if cfg.run else f"artifact={cfg.artifact}"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as out:
         process = subprocess.Popen([sys.executable, "-m", "scripts.cli", "serve", source, "port=0", f"delay={delay}", *cfg.serve],
                                    stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        yield _address(process, log, seconds)
+        yield _address(process, log, seconds), process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -69,6 +72,14 @@ def _address(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str
         time.sleep(0.05)
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
     raise OSError(f"the planner server did not start within {seconds:.0f} s: {' '.join(last) or 'it said nothing'} (all of it: {log})")
+
+
+def resident(pid: int) -> float:
+    """MB of memory that a process keeps; NaN where the system does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except (OSError, ValueError):
+        return float("nan")
 
 
 def in_process(cfg: DictConfig, folder: Path) -> dict[str, Any]:

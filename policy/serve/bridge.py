@@ -190,8 +190,7 @@ class Bridge:
     def _ask(self, now: float) -> None:
         """Submit the newest observations when the next plan is due and none is on its way."""
         lost = now - self.asked > self.settings.deadline
-        wanted = self.execution.due(now) or self.supervisor.mode is Mode.HOLD
-        if not self.states or not wanted or not (self.answered or lost) or (self.answered and now - self.asked < self.period / 2):
+        if not self.states or not self.execution.due(now) or not (self.answered or lost) or (self.answered and now - self.asked < self.period / 2):
             return
         t_obs, obs = self._stacked()
         prefix, committed = self.execution.promised(t_obs, self.period) if self.supervisor.moves else (None, 0)
