@@ -36,7 +36,7 @@ def main(options: dict) -> None:
         message.position = [0.1 * i for i in range(len(options["joints"]))][::-1]
         message.velocity = [0.01] * len(options["joints"])
         publisher.publish(message)
-        published[0] += publisher.get_subscription_count() > 0
+        published[0] += len(latency) > 0  # since the driver is connected
 
     kind, callback = {"joint_trajectory": (JointTrajectory, trajectory), "forward_command": (Float64MultiArray, command)}[options["controller"]]
     node.create_subscription(kind, options["topic"], callback, QoSPresetProfiles.SYSTEM_DEFAULT.value)  # as the controllers of ros2_controllers

@@ -477,6 +477,7 @@ def test_stop_brakes_refuses_and_connect_starts_again(place, tmp_path):
         driver.write(at_rest(again.q, time.monotonic()))
 
 
+@pytest.mark.slow
 def test_a_forward_command_controller_is_streamed_to_and_left_at_rest(place, tmp_path):
     with far(place, controller="forward_command") as robot:
         commander = Commander(ROBOT, HOME)
@@ -530,6 +531,7 @@ def sine(place: dict[str, Any], folder: Path, seconds: float, **options: Any) ->
         return motion, commander, time.monotonic() - killed, robot, missed
 
 
+@pytest.mark.slow
 def test_a_sine_through_the_limiter_keeps_its_limits_and_a_killed_robot_is_noticed(place, tmp_path):
     motion, commander, noticed, _, missed = sine(place, tmp_path, 2.0, splice=0.01, stale=0.25)
     t, q, v, a = motion[:, 0], motion[:, 1:4], np.abs(motion[:, 4:7]).max(0), np.abs(motion[:, 7:]).max(0)
@@ -582,7 +584,7 @@ def test_a_real_ros_2_node_hears_and_is_heard(distro, reach, place):
             assert first.dq.tolist() == [0.01] * 3
             heard = 0
             for _ in range(n):
-                driver.write(at_rest(HOME, time.monotonic(), n=64))
+                driver.write(at_rest(first.q, time.monotonic(), n=64))
                 heard += driver.read() is not None
                 time.sleep(PERIOD)
             time.sleep(0.2)
