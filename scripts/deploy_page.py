@@ -57,7 +57,7 @@ def numbers(facts: dict[str, Any]) -> str:
 
 
 def events(journal: Journal) -> str:
-    rows = [e for e in journal.events if e["event"] in ("mode", "refused", "rearmed", "stop_failed")][:200]
+    rows = [e for e in journal.events if e["event"] in ("mode", "refused", "lost", "slow", "rearmed", "stop_failed")][:200]
     start = journal.events[0]["t"] if journal.events else 0.0
     cells = ([f"{e['t'] - start:.2f} s", e["event"], str(e.get("mode", "")), str(e.get("why", ""))] for e in rows)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in cells)

@@ -50,7 +50,7 @@ def server(cfg: DictConfig, delay: float, log: Path, seconds: float = 180.0) -> 
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as out:
         process = subprocess.Popen([sys.executable, "-m", "scripts.cli", "serve", source, "port=0", f"delay={delay}", *cfg.serve],
-                                   stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                   stdout=out, stderr=subprocess.STDOUT, env=_environment())
     try:
         yield _address(process, log, seconds), process.pid
     finally:
@@ -71,7 +71,13 @@ def _address(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str
             break
         time.sleep(0.05)
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-    raise OSError(f"the planner server did not start within {seconds:.0f} s: {' '.join(last) or 'it said nothing'} (all of it: {log})")
+    raise OSError(f"the planner server did not start{f' within {seconds:.0f} s' if process.poll() is None else ''}: "
+                  f"{' '.join(last) or 'it said nothing'} (all of it: {log})")
+
+
+def _environment() -> dict[str, str]:
+    """This process's, one thread, and mistakes in one line as usual."""
+    return {**{k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}, "OMP_NUM_THREADS": "1"}
 
 
 def resident(pid: int) -> float:
@@ -88,7 +94,7 @@ def in_process(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         return {}
     out = folder / "in_process"
     done = subprocess.run([sys.executable, "-m", "scripts.cli", "eval", f"run={cfg.run}", f"episodes={cfg.episodes}", f"seed={cfg.seed}", "videos=0",
-                           f"out={out}"], capture_output=True, text=True)
+                           f"out={out}"], capture_output=True, text=True, env=_environment())
     if done.returncode:
         raise OSError(f"dipole eval run={cfg.run} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
     metrics = read_json(out / "metrics.json")

@@ -70,7 +70,7 @@ class Bridge:
         self.limiter = Limiter(robot, 1 / driver.rate, self.steps)
         self.supervisor = Supervisor(patience=self.settings.patience, hold=self.settings.hold)
         self.history, self.epoch, self.asked, self.rejected, self.behind, self.answered = history, 0, -math.inf, 0, 0, True
-        self.sent, self.last_refusal, self.was_lost = math.nan, "", False
+        self.sent, self.last_refusal, self.was_lost, self.warned = math.nan, "", False, False
         self.states: deque[tuple[RobotState, dict[str, np.ndarray]]] = deque(maxlen=max(8, int(robot.rate * 4)))
         self.counts: Counter[str] = Counter()
         self.state: RobotState | None = None
@@ -185,6 +185,11 @@ class Bridge:
         self.rejected = 0
         seam = self.execution.accept(chunk, first, self.limiter.q)
         self.counts["chunks"] += 1
+        e = self.execution
+        if not self.warned and len(e.delays) >= 3 and (needed := e.execute * e.dt + 2 * max(e.delays)) > (e.horizon - 1 + e.knot) * e.dt:
+            self.warned = True
+            self._say("slow", why=f"plans of {e.horizon * e.dt:.2f} s do not last for {e.execute} actions and twice the delay of {max(e.delays):.2f} s, "
+                                  f"{needed:.2f} s in all: execute fewer, plan in fewer steps (sampler.steps), or train with a longer horizon")
         self.journal.chunk(chunk, first, seam, self.execution)
 
     def _ask(self, now: float) -> None:

@@ -27,7 +27,8 @@ class Execution:
     """What a robot does next according to the newest chunks.
 
     Action i of a chunk observed at t0 is reached at t0 + (i + knot) dt; cubic in between.   execute: actions from one observation that is planned from
-    to the next.   merge: policy.timeline.MERGES.   most: actions of a prefix that the planner takes.   align: False starts a chunk when it arrives instead of when it is due, as naive robots do.
+    to the next.   merge: policy.timeline.MERGES.   most: actions of a prefix that the planner takes.   align: False starts a chunk when it arrives
+    instead of when it is due, as naive robots do.
     """
 
     def __init__(self, robot: RobotSpec, horizon: int, dt: float, *, merge: str = "naive", execute: int = 8, knot: float = 1.0, align: bool = True,

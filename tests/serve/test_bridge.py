@@ -11,8 +11,6 @@ from policy.serve.robot import DriverError
 from policy.serve.supervisor import Mode
 from tests.serve.fakes import DT, HORIZON, RATE, ROBOT, Clock, FakeClient, FakeDriver, differences
 
-pytest.importorskip("ruckig", reason="the limiter needs ruckig: pip install 'dipole[deploy]'")
-
 
 def wave(t: np.ndarray) -> np.ndarray:
     return np.stack([0.5 * np.sin(1.5 * t), 0.8 * np.sin(1.1 * t + 0.4) - 0.8 * np.sin(0.4)], -1)
@@ -212,6 +210,11 @@ def test_no_limit_is_exceeded_whatever_comes(merge):
     assert not np.isnan(rig.q).any()
 
 
+def test_a_planner_too_slow_for_its_plans_is_told():
+    slow, quick = (Rig(delay=d, execute=8).run(4.0).bridge.journal.events for d in (0.22, 0.12))
+    assert next(e["why"] for e in slow if e["event"] == "slow").startswith("plans of 0.80 s do not last") and not [e for e in quick if e["event"] == "slow"]
+
+
 def test_what_the_policy_sees_must_be_there():
     clock = Clock()
     bridge = Bridge(FakeDriver(clock, np.zeros(2)), FakeClient(clock, follow_wave), ROBOT, Execution(ROBOT, HORIZON, DT), obs={"q": (2,), "image": (8, 8, 3)})
@@ -221,4 +224,5 @@ def test_what_the_policy_sees_must_be_there():
 
 def test_odd_rates_are_refused():
     with pytest.raises(ValueError, match="multiple"):
-        Bridge(FakeDriver(Clock(), np.zeros(2)), FakeClient(Clock(), follow_wave), dataclasses.replace(ROBOT, rate=60.0), Execution(ROBOT, HORIZON, DT), obs={"q": (2,)})
+        Bridge(FakeDriver(Clock(), np.zeros(2)), FakeClient(Clock(), follow_wave), dataclasses.replace(ROBOT, rate=60.0),
+               Execution(ROBOT, HORIZON, DT), obs={"q": (2,)})

@@ -18,9 +18,6 @@ import numpy as np
 import pytest
 import yaml
 
-for _name, _extra in (("ruckig", "deploy"), ("websockets", "client"), ("mujoco", "sim")):
-    pytest.importorskip(_name, reason=f"needs {_name}: pip install 'dipole[{_extra}]'")
-
 from policy.serve.bridge import Bridge, Settings
 from policy.serve.card import Card
 from policy.serve.client import PlannerClient

@@ -1,0 +1,61 @@
+"""dipole deploy: what it refuses before anything moves, and once whole: server, bridge and robot from one command."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from policy.serve.card import Card
+from policy.serve.robot import RobotSpec
+from scripts import serving
+from tests.serve.fakes import ROBOT
+
+ROOT = Path(__file__).parent.parent
+
+
+def deploy(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return dipole("deploy", *args, **env)
+
+
+def dipole(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "scripts.cli", *args], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}, timeout=300)
+
+
+@pytest.mark.parametrize("args, said", [
+    ((), "which policy?"), (("run=a", "url=ws://b"), "which policy?"), (("demoo", "run=a"), "is unknown"),
+    (("robot=absent", "run=a"), "Could not find 'robot/absent'"),
+    (("control.merg=naive", "run=a"), "there is no setting"),
+])
+def test_mistakes_end_in_one_line(args, said):
+    done = deploy(*args)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path):
+    done = deploy("demo", f"run={tmp_path}", f"out={tmp_path / 'out'}")
+    assert done.returncode == 1 and "did not start" in done.stderr and "is not a training run" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("card, wrong", [
+    (dict(action_dim=2, task="toy"), ""), (dict(action_dim=3, task="toy"), "it plans 3 action dimensions, the robot has 2 joints (a, b)"),
+    (dict(action_dim=2, task="Panda"), "it was trained for Panda, the robot does Toy"), (dict(action_dim=2, task=""), ""),
+])
+def test_a_policy_for_another_robot_is_refused(card, wrong):
+    robot = RobotSpec(**{**{k: getattr(ROBOT, k) for k in ("name", "joints", "units", "lower", "upper", "velocity", "acceleration", "jerk")}, "task": "Toy"})
+    assert serving.misfit(Card("id", card["task"], {"q": (2,)}, 2, 16, card["action_dim"], 0.1), robot) == wrong
+
+
+@pytest.mark.slow
+def test_from_demonstrations_to_a_moving_robot_in_three_processes(tmp_path):
+    """A policy of a few seconds' training: it need not succeed, it must move within its limits and leave page, timeline and recording."""
+    for words in (["collect", "env=gantry", "episodes=20", f"path={tmp_path / 'd.zarr'}"],
+                  ["train", "recipe=gantry", f"data.path={tmp_path / 'd.zarr'}", f"run={tmp_path / 'run'}", "train.steps=60", "log.wandb=disabled"]):
+        done = dipole(*words)
+        assert done.returncode == 0, done.stderr
+    done = deploy("demo", f"run={tmp_path / 'run'}", f"out={tmp_path / 'out'}", "episodes=2", "seconds=2", "view=false")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "out" / "deploy.json").read_text())
+    assert len(facts["episodes"]) == 2 and facts["counts"]["chunks"] >= 4 and (tmp_path / "out" / "timeline.png").exists() and "report:" in done.stdout
+    assert "lost" not in facts["counts"]
