@@ -23,6 +23,7 @@ from policy.serve.card import Card
 from policy.serve.expect import Expect, WrongRobot
 from policy.serve.ledger import Asked, Chunk, Ledger, PlannerError, Stats
 from policy.serve.packing import Limits, WireError, sendable
+from policy.serve.receive import receive
 from policy.serve.wire import Err, Hello, Observation, Planned, unpack
 
 __all__ = ["Chunk", "Expect", "PlannerClient", "PlannerError", "Stats", "Timeouts", "WrongRobot"]
@@ -176,7 +177,7 @@ class PlannerClient:
                            ping_timeout=t.pong, close_timeout=0.2, max_size=self.limits.bytes, max_queue=8, logger=SILENT)
         try:
             async with asyncio.timeout(t.open):
-                hello = unpack(await ws.recv(), self.limits)  # type: ignore[arg-type]  # text is refused there
+                hello = unpack(await receive(ws), self.limits)  # type: ignore[arg-type]  # text is refused there
             if not isinstance(hello, Hello):
                 raise WireError("schema", "the server's first message is no hello")
             if wrong := self.expect.differences(hello.card):
@@ -213,7 +214,7 @@ class PlannerClient:
 
     async def _read(self, ws: ClientConnection, card: Card) -> None:
         while True:
-            data = await ws.recv()
+            data = await receive(ws)
             now = time.monotonic()
             try:
                 message = unpack(data, self.limits)  # type: ignore[arg-type]  # text is refused there

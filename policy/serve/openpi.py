@@ -18,6 +18,7 @@ from policy.serve.card import Card
 from policy.serve.desk import Desk, Place, Plan
 from policy.serve.metrics import Metrics
 from policy.serve.packing import LIMITS, Limits, WireError, finite, parse, short, view
+from policy.serve.receive import receive
 from policy.serve.wire import Observation
 
 DTYPES = {"<f2": "<f4", "<i2": "<i8", "<i4": "<i8", "|i1": "<i8", "<u2": "<i8", "<u4": "<i8"}  # other kinds of numbers that are taken
@@ -41,7 +42,8 @@ async def talk(ws: ServerConnection, desk: Desk, server: Server) -> None:
     place, seen, before_ms = Place(answer), History(desk.card), 0.0
     await server.send(ws, packed(metadata(desk.card)))
     try:
-        async for data in ws:
+        while True:
+            data = await receive(ws)
             start = time.monotonic()
             desk.put(place, Observation(0, 0, 0, seen.add(observation(data, server.limits))))  # type: ignore[arg-type]  # text is refused there
             plan = await answers.get()

@@ -26,6 +26,7 @@ from policy.serve.card import Backend
 from policy.serve.desk import Desk, Place, Plan
 from policy.serve.metrics import Metrics
 from policy.serve.packing import Limits, WireError
+from policy.serve.receive import receive
 from policy.serve.wire import Err, Hello, Message, Observation, Planned, fit, pack, unpack
 
 TOKEN_LENGTH = 16  # characters at least
@@ -157,7 +158,8 @@ class PlannerServer:
 
         place, budget = Place(answer), Budget(self.service.errors)
         try:
-            async for data in ws:
+            while True:
+                data = await receive(ws)
                 try:
                     request = unpack(data, self.limits)  # type: ignore[arg-type]  # text is refused there
                     if not isinstance(request, Observation):

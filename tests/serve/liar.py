@@ -1,6 +1,7 @@
 """A server that answers wrongly, in the way the path of the connection says."""
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,12 @@ FIRST = {"no_hello": pack(Err("failed", "no")), "garbage_hello": b"\xc1", "old":
 AFTER = {"garbage": b"\xc1\x00", "words": "hello", "hello": pack(Hello(CARD, 1 << 20)), "huge": b"\x00" * (5 << 20), "echo": None}
 
 
+async def nothing() -> AsyncIterator[bytes]:
+    while True:
+        yield b""
+        await asyncio.sleep(0)
+
+
 async def talk(ws: ServerConnection) -> None:
     assert ws.request is not None
     lie = ws.request.path.strip("/")
@@ -31,6 +38,8 @@ async def talk(ws: ServerConnection) -> None:
         true = Planned(request.seq, request.epoch, request.t_obs, CARD.dt, np.zeros((8, 2)), 1.0, 1.0, CARD.model_id)
         if lie == "silent":
             continue
+        if lie == "pieces":
+            await ws.send(nothing())
         if lie == "close":
             return
         if lie in AFTER:

@@ -55,7 +55,7 @@ def test_it_needs_neither_torch_nor_the_rest():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[] ")
-    ours = {"policy", "policy.serve", "policy.timeline", *(f"policy.serve.{m}" for m in ("card", "client", "expect", "ledger", "packing", "wire"))}
+    ours = {"policy", "policy.serve", "policy.timeline", *(f"policy.serve.{m}" for m in ("card", "client", "expect", "ledger", "packing", "receive", "wire"))}
     assert set(done.stdout.split("] ")[1].strip("[]\n").replace("'", "").split(", ")) == ours
 
 
@@ -201,6 +201,14 @@ def test_too_much_at_once_ends_the_connection_and_nothing_else(liar):
             client.wait_ready(PATIENT)
             with pytest.raises((PlannerError, TimeoutError)):
                 client.plan(obs(), timeout=5)
+        until(lambda: client.stats.connects >= 2)
+
+
+def test_countless_empty_pieces_end_the_connection(liar):
+    with PlannerClient(f"{liar.url}/pieces") as client:
+        client.wait_ready(PATIENT)
+        with pytest.raises(PlannerError, match="lost"):
+            client.plan(obs(), timeout=PATIENT)
         until(lambda: client.stats.connects >= 2)
 
 

@@ -27,7 +27,7 @@ from tests.serve.test_server import ask, dial, hear, http
 
 TOKEN = "correct-horse-battery-staple"
 SERVE = sorted((ROOT / "policy/serve").glob("*.py"))
-NETWORK = {"wire", "packing", "server", "desk", "metrics", "openpi", "client", "ledger", "expect", "backend", "card"}  # what bytes of strangers come by
+NETWORK = {"wire", "packing", "server", "desk", "metrics", "openpi", "receive", "client", "ledger", "expect", "backend", "card"}  # strangers' bytes come by
 
 
 @pytest.fixture(scope="module")
