@@ -259,7 +259,7 @@ class Bridge:
         tail = self.limiter.tail()
         q, dq, ddq = (np.concatenate([a, b]) for a, b in zip(body, tail, strict=True))
         try:
-            self.driver.write(Setpoints(first, 1 / self.driver.rate, q, dq, ddq, self.steps))
+            self.driver.write(Setpoints(first + 1 / self.driver.rate, 1 / self.driver.rate, q, dq, ddq, self.steps))
         except DriverError as e:
             self.supervisor.fault = self.supervisor.fault or f"driver: {e}"
 

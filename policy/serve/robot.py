@@ -70,7 +70,7 @@ class RobotState:
 
 @dataclass(frozen=True)
 class Setpoints:
-    """Where the joints should be from t0 on [s, monotonic], every dt [s]; the last one is at rest, so a robot that hears nothing more stops there.
+    """Where the joints should be at t0 + i dt [s, monotonic]; the last one is at rest, so a robot that hears nothing more stops there.
 
     q, dq, ddq: (n, dof).   fresh: how many of them are this control period's; the rest is the braking tail, for when nothing newer comes.
     """

@@ -43,7 +43,7 @@ class FakeDriver:
         if self.stopped:
             raise DriverError("stopped: connect again")
         self.pending = setpoints
-        self.play(setpoints.t0)
+        self.play(setpoints.t0 - 1 / RATE)
         self.buffer = setpoints
 
     def play(self, until: float) -> None:
@@ -52,7 +52,7 @@ class FakeDriver:
         for _ in range(count):
             t = self.start + (len(self.played) + 1) / RATE
             if self.buffer is not None:
-                i = round((t - self.buffer.t0) * RATE) - 1
+                i = round((t - self.buffer.t0) * RATE)
                 self.q = self.buffer.q[min(max(i, 0), len(self.buffer.q) - 1)]
             self.played.append(self.q.copy())
 
