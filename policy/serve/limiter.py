@@ -33,11 +33,13 @@ class Limiter:
         self.lower, self.upper = np.asarray(robot.lower, float), np.asarray(robot.upper, float)
         self.speed, self.acceleration, self.jerk = (np.asarray(x, float) for x in (robot.velocity, robot.acceleration, robot.jerk))
         self.interventions, self.errors, self.largest = 0, 0, np.zeros(robot.dof)
-        self._ruckig, self._way, self._given = ruckig.Ruckig(robot.dof), ruckig.Trajectory(robot.dof), ruckig.InputParameter(robot.dof)
+        self._ruckig, self._given = ruckig.Ruckig(robot.dof), ruckig.InputParameter(robot.dof)
+        self._ways = [ruckig.Trajectory(robot.dof) for _ in JOIN]
         self._given.synchronization = ruckig.Synchronization.No
         self._given.max_velocity, self._given.max_acceleration = self.speed.tolist(), self.acceleration.tolist()
         self._given.max_jerk = self.jerk.tolist()
         self._times = dt * np.arange(1, steps + 1)
+        self._arrivals = dt * steps * np.array(JOIN, float)[:, None]
 
     def reset(self, q: np.ndarray) -> None:
         """At rest at q (dof,). A joint that stands outside its range may move inwards only. ValueError when q is not dof finite numbers."""
@@ -50,7 +52,7 @@ class Limiter:
     def _at(self, now: Motion) -> None:
         self._now = now
         duration = float(brake(now, self.acceleration, self.jerk).duration.max())
-        self._tail = braked(now, self.acceleration, self.jerk, self.dt * np.arange(1, int(np.ceil(duration / self.dt)) + 2))
+        self._tail = braked(now, self.acceleration, self.jerk, self.dt * np.arange(1, int(np.ceil(duration / self.dt + 1e-6)) + 2))
 
     @property
     def q(self) -> np.ndarray:
@@ -124,15 +126,15 @@ class Limiter:
         todo = ~(join(before, period, self.dt).within(self.speed, self.acceleration, self.jerk).all(0) & self._safe(period))
         if not todo.any():
             return period
-        ways = join(self._now, self._ahead(goal), self.dt * self.steps * np.array(JOIN, float)[:, None])
+        out, ahead = period, self._ahead(goal)
+        ways = join(self._now, ahead, self._arrivals)
         fits = ways.within(self.speed, self.acceleration, self.jerk)
-        out = period
         if (todo & fits.any(0)).any():
             fewest = fits.argmax(0), np.arange(self.robot.dof)
             way = Profile(self._now, ways.jerks[:, *fewest], ways.times[:, *fewest]).at(self._times)
             joined = todo & fits.any(0) & self._safe(way)
             out, todo = way.where(joined, out), todo & ~joined
-        return self._from_afar(period.rows(-1)).where(todo, out) if todo.any() else out
+        return self._from_afar(ahead).where(todo, out) if todo.any() else out
 
     def _ahead(self, goal: Motion) -> Motion:
         """The targets (len(JOIN), dof) at which the stream may be rejoined."""
@@ -141,21 +143,37 @@ class Limiter:
         there, beyond = goal.rows(row), (n - row)[:, None]
         return self._inside(Motion(there.q + beyond * self.dt * there.dq, there.dq, there.ddq * (beyond == 0)))
 
-    def _from_afar(self, goal: Motion) -> Motion:
-        """ruckig's fastest way to the goal (dof,); where that leads to no safe place, the brake."""
-        given = self._given
+    def _from_afar(self, ahead: Motion) -> Motion:
+        """ruckig's fastest way to the first of the targets (len(JOIN), dof) that is reached in time, else to the last; the brake where it is unsafe."""
+        given, found, late = self._given, [], np.ones(self.robot.dof, bool)
         given.current_position, given.current_velocity, given.current_acceleration = (x.tolist() for x in self._now)
-        given.target_position, given.target_velocity = goal.q.tolist(), goal.dq.tolist()
-        try:
-            self._ruckig.calculate(given, self._way)
-        except (ruckig.RuckigError, ValueError):  # the latter where its result has no name in Python
-            self.errors += 1
-            return self._tail.rows(np.minimum(np.arange(self.steps), len(self._tail.q) - 1))
-        way = Motion(*(np.array(x) for x in zip(*(self._way.at_time(t) for t in self._times), strict=True)))
+        out = self._tail.rows(np.minimum(np.arange(self.steps), len(self._tail.q) - 1))
+        for i, way in enumerate(self._ways):
+            given.target_position, given.target_velocity = ahead.q[i].tolist(), ahead.dq[i].tolist()
+            try:
+                self._ruckig.calculate(given, way)
+            except (ruckig.RuckigError, ValueError):  # the latter where its result has no name in Python
+                continue
+            in_time = late & (np.array(way.independent_min_durations) <= self._arrivals[i])
+            found.append((way, late if i == len(JOIN) - 1 else in_time))
+            late = late & ~in_time
+            if not late.any():
+                break
+        self.errors += not found
+        for way, joints in found:
+            if joints.any():
+                out = self._sampled(way).where(joints, out)
+        return self._or_brake(out)
+
+    def _sampled(self, way: "ruckig.Trajectory") -> Motion:
+        return Motion(*(np.array(x) for x in zip(*(way.at_time(t) for t in self._times), strict=True)))
+
+    def _or_brake(self, way: Motion) -> Motion:
+        """The way (steps, dof) as far as it is safe, then the brake."""
         good = np.logical_and.accumulate(self._reach_inside(way), 0)
         if good.all():
             return way
-        kept = good.sum(0)  # setpoints of the way; behind them, the brake from the last
+        kept = good.sum(0)
         rows = Motion(*(np.concatenate([now[None], x]) for now, x in zip(self._now, way, strict=True)))
         last = Motion(*(np.take_along_axis(x, kept[None], 0)[0] for x in rows))
         stop = braked(last, self.acceleration, self.jerk, (self._times[:, None] - self.dt * kept).clip(0))
