@@ -12,6 +12,7 @@ from policy.timeline import CONTINUES, MERGES, Plan, shifted, take_over
 
 MARGIN = 0.05  # of the range between lower and upper that an action may lie outside; the limiter keeps the robot inside
 SPEED = 1.5    # times the velocity limit that an action may differ from the one before
+ROUNDING = 1e-3  # of `step`: a gripper from open to closed is just its range
 KEPT = 10      # delays that are remembered (Black 2025)
 
 
@@ -70,7 +71,7 @@ class Execution:
         if (bad := (a < self.lower - wide) | (a > self.upper + wide)).any():
             i, j = np.argwhere(bad)[0]
             return f"limits: {self.robot.joints[j]} to {a[i, j]:.4g}, outside {self.lower[j]:g} … {self.upper[j]:g} {self.robot.units[j]}"
-        if (bad := np.abs(np.diff(a, axis=0)) > self.step).any():
+        if (bad := np.abs(np.diff(a, axis=0)) > (1 + ROUNDING) * self.step).any():
             i, j = np.argwhere(bad)[0]
             return f"speed: {self.robot.joints[j]} by {a[i + 1, j] - a[i, j]:.3g} {self.robot.units[j]} in one step, {self.step[j]:.3g} allowed"
         at = min(max(0.0, (now - chunk.t0) / self.dt), self.horizon - 1) if self.align else 0.0

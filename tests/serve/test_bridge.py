@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from policy.serve.bridge import Bridge, Settings
+from policy.serve.client import Chunk
 from policy.serve.execution import Execution
 from policy.serve.robot import DriverError
 from policy.serve.supervisor import Mode
@@ -107,6 +108,15 @@ def test_what_must_not_move_a_robot_is_refused_whole_and_it_holds_then_resumes(s
     rig.run(2.0)
     assert rig.modes[-1] in (Mode.RUN, Mode.DEGRADED)
     rig.within_limits()
+
+
+def test_a_step_as_wide_as_allowed_passes_whatever_float32_makes_of_it():
+    execution = Execution(dataclasses.replace(ROBOT, step=[0.045, 0.1]), HORIZON, DT)
+    chunk = Chunk(0, 0, 100.0, DT, np.zeros((HORIZON, 2)), 0, 0, 0, "toy")
+    chunk.actions[8:, 0] = np.float32(0.045)
+    assert chunk.actions[8, 0] > 0.045 and not execution.refuse(chunk, 100.0, np.zeros(2))
+    chunk.actions[8:, 0] = 0.046
+    assert execution.refuse(chunk, 100.0, np.zeros(2)).startswith("speed")
 
 
 def test_too_many_refusals_stop_the_robot_until_somebody_rearms_it():
