@@ -172,6 +172,7 @@ def test_what_is_no_card_is_refused(change):
 @pytest.mark.parametrize("data", [
     msgpack.packb({"a": [[]] * 100000}),
     b"\x81\xa1a" + b"\xdd\x00\x10\x00\x00" + b"\x80" * (1 << 20),  # a million empty maps in 1 MiB
+    b"\x81\xa1a" + b"\xdc\x03\xe8" + (b"\xdc\x03\xe8" + b"\x80" * 1000) * 1000,  # a thousand lists of a thousand of them
     b"\x81\xa1a" + b"\x91" * 3_000_000 + b"\x90",
     b"\x81\xa1a" + b"\xdc\x03\xff" * 500 + b"\xc0",
     b"\xdf\xff\xff\xff\xff",
