@@ -44,7 +44,9 @@ def make_bridge(cfg: DictConfig, robot: RobotSpec, driver: Any, client: PlannerC
     """A bridge as cfg says; control: what this call wants otherwise."""
     card = client.wait_ready()
     asked = {**plain(cfg.control), **control}
-    asked["execute"] = asked["execute"] or serving.executed(cfg.run) or max(1, card.horizon // 2)
+    advice: Any = card.facts.get("control") or {}  # what the run was evaluated with, or adopted after dipole eval delay
+    asked["execute"] = asked["execute"] or advice.get("execute") or max(1, card.horizon // 2)
+    asked["merge"] = asked["merge"] or advice.get("merge") or "naive"
     safety = plain(cfg.safety)
     settings = Settings(**{**safety, "patience": math.inf if safety["patience"] is None else safety["patience"]})
     if asked["merge"] not in card.merges:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from policy.page import read_json
 from policy.serve.card import Card
@@ -22,12 +22,6 @@ READY = re.compile(r"wss?://[\w.:\[\]-]+")
 def token(file: str | None) -> str | None:
     """From the file, else the environment's DIPOLE_TOKEN; None when there is neither."""
     return Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("DIPOLE_TOKEN")
-
-
-def executed(run: str | None) -> int | None:
-    """How many actions of a plan the run was evaluated with; None when that is not known here."""
-    config = Path(run) / "config.yaml" if run else None
-    return OmegaConf.select(OmegaConf.load(config), "control.execute") if config and config.exists() else None
 
 
 def misfit(card: Card, robot: RobotSpec) -> str:

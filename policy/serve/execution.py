@@ -8,7 +8,7 @@ import numpy as np
 from policy.serve.client import Chunk
 from policy.serve.interpolate import cubic
 from policy.serve.robot import RobotSpec
-from policy.timeline import CONTINUES, MERGES, Plan, shifted, take_over
+from policy.timeline import CONTINUES, MERGES, Plan, committed_steps, shifted, take_over
 
 MARGIN = 0.05  # of the range between lower and upper that an action may lie outside; the limiter keeps the robot inside
 SPEED = 1.5    # times the velocity limit that an action may differ from the one before
@@ -141,7 +141,7 @@ class Execution:
         if not p or not known[0]:
             return None, 0
         delay = max(self.delays, default=self.dt + period)
-        needed = max(0, math.ceil(delay / self.dt - self.knot) + 1)
+        needed = committed_steps([delay + (1 - self.knot) * self.dt], self.dt, self.horizon)  # the curve to its next knot is fixed too
         committed = min(p, self.most, needed)
         if committed < needed:
             self.counts["under_committed"] += 1
