@@ -6,7 +6,7 @@ Setpoints are samples of a motion with continuous acceleration inside all limits
 """
 import numpy as np
 
-from policy.serve.motion import TINY, Motion, Profile, brake, braked, braking_reach, join, speed_within
+from policy.serve.motion import TINY, Motion, Profile, brake, braked, braking_bound, braking_reach, join, speed_within
 from policy.serve.robot import RobotSpec
 
 try:
@@ -51,8 +51,9 @@ class Limiter:
 
     def _at(self, now: Motion) -> None:
         self._now = now
-        duration = float(brake(now, self.acceleration, self.jerk).duration.max())
-        self._tail = braked(now, self.acceleration, self.jerk, self.dt * np.arange(1, int(np.ceil(duration / self.dt + 1e-6)) + 2))
+        way = brake(now, self.acceleration, self.jerk)
+        duration = float(way.duration.max())
+        self._tail = braked(way, self.dt * np.arange(1, int(np.ceil(duration / self.dt + 1e-6)) + 2))
 
     @property
     def q(self) -> np.ndarray:
@@ -176,7 +177,7 @@ class Limiter:
         kept = good.sum(0)
         rows = Motion(*(np.concatenate([now[None], x]) for now, x in zip(self._now, way, strict=True)))
         last = Motion(*(np.take_along_axis(x, kept[None], 0)[0] for x in rows))
-        stop = braked(last, self.acceleration, self.jerk, (self._times[:, None] - self.dt * kept).clip(0))
+        stop = braked(brake(last, self.acceleration, self.jerk), (self._times[:, None] - self.dt * kept).clip(0))
         return way.where(good, stop)
 
     def _safe(self, states: Motion) -> np.ndarray:
@@ -185,6 +186,9 @@ class Limiter:
 
     def _reach_inside(self, states: Motion) -> np.ndarray:
         speed = np.abs(states.dq + states.ddq * np.abs(states.ddq) / (2 * self.jerk)) <= self.speed * (1 + TINY)
+        bound = braking_bound(states, self.acceleration, self.jerk)
+        if ((states.q - bound >= self._low) & (states.q + bound <= self._high)).all():
+            return speed
         low, high = braking_reach(states, self.acceleration, self.jerk)
         slack = 1e-13 * (self.upper - self.lower)
         return speed & (low >= self._low - slack) & (high <= self._high + slack)

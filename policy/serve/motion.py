@@ -79,9 +79,8 @@ def brake(start: Motion, acceleration: np.ndarray, jerk: np.ndarray) -> Profile:
     return Profile(start, np.stack([-sign * jerk, np.zeros_like(peak), sign * jerk]), times)
 
 
-def braked(start: Motion, acceleration: np.ndarray, jerk: np.ndarray, t: np.ndarray) -> Motion:
-    """States (n, dof) on the fastest way to rest, at times (n,) or (n, dof) s; exactly at rest from its end on."""
-    way = brake(start, acceleration, jerk)
+def braked(way: Profile, t: np.ndarray) -> Motion:
+    """States (n, dof) on a way to rest, at times (n,) or (n, dof) s; exactly at rest from its end on."""
     out, moving = way.at(t), (t if t.ndim > 1 else t[:, None]) < way.duration
     return Motion(out.q, out.dq * moving, out.ddq * moving)
 
@@ -97,6 +96,13 @@ def braking_reach(start: Motion, acceleration: np.ndarray, jerk: np.ndarray) -> 
     back = np.where(start.dq * j > 0, (np.abs(start.ddq) - root) / np.abs(j), 0.0).clip(0, way.times[0])  # until it turns round
     turn = start.after(j, back).q
     return np.minimum(np.minimum(start.q, now.q), turn), np.maximum(np.maximum(start.q, now.q), turn)
+
+
+def braking_bound(start: Motion, acceleration: np.ndarray, jerk: np.ndarray) -> np.ndarray:
+    """More than it moves on the fastest way to rest, at a fifth of the cost of braking_reach: its highest speed, all the way."""
+    ramp = np.abs(start.ddq) / jerk
+    speed = np.abs(start.dq) + ramp * np.abs(start.ddq) / 2
+    return speed * (ramp + speed / acceleration + acceleration / jerk)
 
 
 def speed_within(room: np.ndarray, acceleration: np.ndarray, jerk: np.ndarray) -> np.ndarray:
