@@ -1,4 +1,4 @@
-"""Measure beside a baseline in one run, or fill the table of tasks: dipole bench train, samplers, rollout, suite, family, modes, seams, experts."""
+"""Measure beside a baseline in one run, or fill the table of tasks: dipole bench train, samplers, rollout, suite, family, modes, seams, deploy, experts."""
 import importlib
 import json
 import os
@@ -17,7 +17,7 @@ from scripts.verb import verb
 # Each has measure(cfg) -> rows, show(rows) and headline(rows), page(cfg) where it writes one, and is imported when it is asked for.
 BENCHES = {"train": "scripts.bench_train", "samplers": "scripts.bench_samplers", "rollout": "scripts.bench_rollout", "suite": "scripts.suite",
            "family": "scripts.bench_family", "modes": "scripts.bench_modes",
-           "seams": "scripts.bench_seams",
+           "seams": "scripts.bench_seams", "deploy": "scripts.bench_deploy",
            "experts": "scripts.bench_experts"}
 
 

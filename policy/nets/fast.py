@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.nets.blocks import ConvBlock, FilmResBlock
+from policy.nets.prefix import Prefix
+from policy.nets.steered import Films, res_blocks
 from policy.nets.unet1d import UNet1d
 from policy.types import Cond, shape
 
 
 def quick(net: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """net(x (b,t,d), tau (b,), cond) in this precision, for inference: FastUNet1d for the U-Net on a CPU, autocast for any other."""
+    if isinstance(net, Prefix):
+        return Prefix(quick(net.net, dtype))
     on_cpu = next(net.parameters()).device.type == "cpu"
     return FastUNet1d(net, dtype) if isinstance(net, UNet1d) and on_cpu else Autocast(net, dtype)
 
@@ -84,8 +88,8 @@ class FastUNet1d(nn.Module):
 
     def __init__(self, net: UNet1d, dtype: torch.dtype):
         super().__init__()
-        self.action_dim, self.cond_dim, self.stride, self.time, self.act = net.action_dim, net.cond_dim, net.stride, net.time, net.act
-        blocks = [b for b in net.modules() if isinstance(b, FilmResBlock)]
+        self.action_dim, self.stride = net.action_dim, net.stride
+        blocks = res_blocks(net)
         fast = {id(b): Res(b, dtype) for b in blocks}
 
         def level(pair: nn.Module) -> nn.ModuleList:
@@ -95,25 +99,12 @@ class FastUNet1d(nn.Module):
         self.shrink = nn.ModuleList(Windows(c.weight, c.bias, stride=2, dtype=dtype) for c in net.shrink)  # type: ignore[arg-type]
         self.grow = nn.ModuleList(Windows(*_doubling(c), dtype=dtype) for c in net.grow)  # type: ignore[arg-type]
         self.last, self.out = Block(net.out[0], dtype), Windows(net.out[1].weight, net.out[1].bias, dtype=torch.float32)  # type: ignore[arg-type]
-        self.widths, film = [fast[id(b)].width for b in blocks], torch.cat([b.film.weight for b in blocks]).detach()
-        time_dim = film.shape[1] - net.cond_dim
-        one = torch.cat([(torch.arange(w) < w // 2).to(film) for w in self.widths]).to(film.device)  # blocks scale by 1 + theirs
-        self.register_buffer("film_time", film[:, :time_dim].clone())
-        self.register_buffer("film_bias", torch.cat([b.film.bias for b in blocks]).detach() + one)
-        self.register_buffer("film_cond", film[:, time_dim:].to(dtype).contiguous())
-        self.film_time: Tensor
-        self.film_bias: Tensor
-        self.film_cond: Tensor
+        self.film = Films(net, dtype)
 
     def films(self, tau: Tensor, cond: Cond | None) -> list[Tensor]:
-        """Scale and bias of every block, (b, 1, 2 * c_out); noise time and condition enter a linear layer, so each has its own product."""
+        """Scale and bias of every block, (b, 1, 2 * c_out)."""
         same = bool((tau == tau[0]).all())  # as in every sampler
-        film: Tensor = F.linear(self.act(self.time(tau[:1] if same else tau)), self.film_time, self.film_bias)
-        if self.cond_dim:
-            if cond is None or cond.flat.shape[1] != self.cond_dim:
-                raise ValueError(f"this net is conditioned on {self.cond_dim} features, got {0 if cond is None else cond.flat.shape[1]}")
-            film = film + F.linear(self.act(cond.flat.float()).to(self.film_cond.dtype), self.film_cond)
-        return list(film[:, None].split(self.widths, -1))
+        return list(self.film(tau[:1] if same else tau, cond)[:, None].split(self.film.widths, -1))
 
     def forward(self, x: Tensor, tau: Tensor, cond: Cond | None = None) -> Tensor:
         _, t, _ = shape(x, "b t d", d=self.action_dim)

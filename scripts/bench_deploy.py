@@ -1,0 +1,108 @@
+"""One plan for one robot on one thread: sampling as diffusers' users write it, the planner, FastPlan, and the exports, in turns."""
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as TextTable
+from torch import Tensor
+
+from policy.data.normalize import Normalizer
+from policy.diffusion.denoiser import Denoiser
+from policy.diffusion.guides import clip
+from policy.diffusion.path import Table
+from policy.nets.lowdim import LowDim
+from policy.nets.unet1d import UNet1d
+from policy.planner import Planner
+from policy.serve.artifact import load
+from policy.serve.backend import PlannerBackend
+from policy.serve.export import export
+from policy.serve.fastplan import FastPlan
+from policy.serve.measure import race
+from policy.train.log import console
+from policy.types import Spec
+
+K, OBS, T_OBS, ACTIONS, HORIZON = 100, 20, 2, 7, 16
+WANTED = {"FastPlan": 2.3, "ONNX Runtime": 3.0, "OpenVINO": 7.0}  # times faster than the first row
+SCHEDULE = "squaredcos_cap_v2"
+
+
+def measure(cfg: DictConfig) -> dict[str, Any]:
+    """{row: race's times, times faster than the first, difference of its plans to the planner's in half ranges, what it needs}."""
+    torch.manual_seed(cfg.seed)
+    planner = network(list(cfg.deploy.widths), cfg.deploy.steps)
+    policy, rng = PlannerBackend(planner), np.random.default_rng(cfg.seed)
+    seen = [({"state": rng.standard_normal((T_OBS, OBS), np.float32)}, rng.standard_normal((HORIZON, ACTIONS), np.float32)) for _ in range(64)]
+    ways: dict[str, Callable[..., np.ndarray]] = {"diffusers loop": by_hand(planner, cfg.deploy.steps), "Planner.plan": policy.plan}
+    made: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, build in builders(policy, Path(folder), cfg.threads).items():
+            start = time.perf_counter()
+            try:
+                ways[name] = build()
+            except ImportError as e:
+                console.print(f"{name} is left out: {e}", highlight=False, soft_wrap=True, markup=False)
+                continue
+            made[name] = {"built_s": time.perf_counter() - start}
+        apart = {name: max(float(np.abs(plan(obs, noise=noise) - policy.plan(obs, noise=noise)).max()) for obs, noise in seen) for name, plan in ways.items()}
+        obs, noise = seen[0]
+        rows: dict[str, dict[str, Any]] = {**race({name: partial(plan, obs, noise=noise) for name, plan in ways.items()}, rounds=cfg.rounds)}
+    first = next(iter(rows.values()))["cpu_ms"]
+    for name, row in rows.items():
+        row |= {"faster": first / row["cpu_ms"], "difference": apart[name], "wanted": WANTED.get(name), **made.get(name, {})}
+    return rows
+
+
+def network(widths: Sequence[int], steps: int) -> Planner:
+    spec = Spec({"state": (OBS,)}, ACTIONS, T_OBS, HORIZON, 10.0, task="bench")
+    net = UNet1d(ACTIONS, (T_OBS, OBS), HORIZON, widths=widths)
+    denoiser, normalizer = Denoiser(net, Table.named(SCHEDULE, K), "v"), Normalizer({"state": (OBS,), "action": (ACTIONS,)})
+    planner = Planner(spec, normalizer, LowDim(spec.obs, T_OBS), denoiser, steps=steps, guides=[partial(clip, limit=1.0)])
+    return planner.eval().requires_grad_(False)
+
+
+def by_hand(planner: Planner, steps: int) -> Callable[..., np.ndarray]:
+    """The sampling loop of Diffusion Policy and its kind: the network, then scheduler.step, which follows the clipped estimate as our samplers do."""
+    net: Any = planner.denoiser.net
+    scheduler: Any = diffusers.DDIMScheduler(K, beta_schedule=SCHEDULE, clip_sample=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+
+    @torch.inference_mode()
+    def plan(obs: dict[str, np.ndarray], *, noise: np.ndarray) -> np.ndarray:
+        cond = planner.encode({k: torch.from_numpy(v)[None] for k, v in obs.items()})
+        x: Tensor = torch.from_numpy(noise)[None]
+        for t in scheduler.timesteps:
+            v = net(x, (t[None].float() + 1) / K, cond)
+            x = scheduler.step(v, t, x, use_clipped_model_output=True).prev_sample
+        actions: np.ndarray = planner.normalizer.decode({"action": x})["action"][0].numpy()
+        return actions
+    return plan
+
+
+def builders(policy: PlannerBackend, folder: Path, threads: int) -> dict[str, Callable[[], Callable[..., np.ndarray]]]:
+    def exported(format: str, precision: str = "fp32") -> Callable[..., np.ndarray]:
+        export(policy, {}, out := folder / f"{format}-{precision}", format=format, precision=precision)
+        return load(out, threads=threads).plan
+
+    return {"FastPlan": lambda: FastPlan(policy).plan, "ONNX Runtime": partial(exported, "onnx"), "OpenVINO": partial(exported, "openvino"),
+            "OpenVINO, bf16": partial(exported, "openvino", "bf16")}
+
+
+def show(rows: dict[str, Any]) -> None:
+    table = TextTable("one plan", "CPU ms", "p50, ms", "p99", "faster", "wanted", "difference", "built, s", box=SIMPLE_HEAD, pad_edge=False)
+    for name, r in rows.items():
+        table.add_row(name, *(f"{r[k]:.1f}" for k in ("cpu_ms", "wall_p50_ms", "wall_p99_ms", "faster")), str(r["wanted"] or ""), f"{r['difference']:.0e}",
+                      f"{r['built_s']:.1f}" if "built_s" in r else "")
+    console.print(table)
+
+
+def headline(rows: dict[str, Any]) -> str:
+    return "; ".join(f"{name} {r['faster']:.1f} times faster" + ("" if r["faster"] >= r["wanted"] else f", {r['wanted']} wanted")
+                     for name, r in rows.items() if r["wanted"])
