@@ -151,6 +151,24 @@ def test_who_starts_outside_may_only_come_in():
     assert out.min() > -1e-9 and np.diff(out[:, 0]).max() < 1e-3 and abs(out[-1, 0]) < 1e-9
 
 
+@pytest.mark.parametrize("room", [0.05, 0.2, 0.3, 0.35, 0.4, 0.45, 1.0])
+def test_a_plan_that_is_within_the_limits_but_cannot_be_stopped_within_them_is_left_in_time(room):
+    """Constant acceleration passes every check until the speed limit or the bound is there: too late to undo the acceleration."""
+    robot = RobotSpec("one", ["a"], ["rad"], [-1.0], [1.0], [1.0], [5.0], [50.0])
+    limiter, dt, steps = Limiter(robot, 0.005, 4), 0.005, 4
+    limiter.reset(np.array([1 - room]))
+    a, out = 4.0, [limiter.q[None].repeat(4, 0)]
+    t0 = 0.2  # s, in which the plan's acceleration comes up, at less than the jerk limit
+    for k in range(60):
+        t = (k * steps + 1 + np.arange(steps + 8))[:, None] * dt
+        q = np.where(t < t0, a * t**3 / (6 * t0), a * t0**2 / 6 + a * t0 / 2 * (t - t0) + a * (t - t0) ** 2 / 2)
+        dq = np.where(t < t0, a * t**2 / (2 * t0), a * t0 / 2 + a * (t - t0))
+        out.append(limiter.follow((1 - room + q).clip(0, 1), dq, np.where(t < t0, a * t / t0, a)).q)
+        ended = np.concatenate([*out, limiter.tail().q])
+        assert (shares(ended, dt, robot) <= 1 + 1e-6).all() and ended.max() <= 1 + 1e-9, k
+    assert ended.max() > 1 - 1e-3
+
+
 def test_what_it_refuses():
     limiter = Limiter(PANDA, 0.005, 4)
     with pytest.raises(ValueError, match="8 finite numbers"):
@@ -232,7 +250,8 @@ def test_a_join_arrives_exactly_and_knows_its_extremes():
     at = way.at(np.linspace(0, 0.7, 20001))
     speed, most, jerk = np.abs(at.dq).max(0), np.abs(at.ddq).max(0), np.abs(way.jerks).max(0)
     assert way.within(1.0001 * speed, 1.0001 * most, 1.0001 * jerk).all()
-    for limits in ((0.9999 * speed, most, jerk), (speed, 0.9999 * most, jerk), (speed, most, 0.9999 * jerk)):
+    for limits in ((0.9999, 1.0001, 1.0001), (1.0001, 0.9999, 1.0001), (1.0001, 1.0001, 0.9999)):
+        limits = [share * limit for share, limit in zip(limits, (speed, most, jerk), strict=True)]
         assert not way.within(*limits).any()
 
 
