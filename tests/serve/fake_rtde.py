@@ -4,12 +4,16 @@ It speaks the Real-Time Data Exchange protocol 2 (port 30004), the dashboard's (
 whose control program it does not interpret: what that does with the registers is written out in Program. Joints follow servoj with the lag of its lookahead.
 Commands on stdin, one json answer a line on stdout: state, protective, emergency, nan, local, stop, mute.
 """
-import asyncio
+import contextlib
 import json
 import math
+import os
+import socket
 import struct
 import sys
+import threading
 import time
+from collections.abc import Callable
 
 DOF = 6
 KINDS = {"DOUBLE": "d", "INT32": "i", "UINT32": "I", "UINT64": "Q", "VECTOR6D": "6d", "VECTOR3D": "3d", "VECTOR6INT32": "6i"}
@@ -119,7 +123,8 @@ class Controller:
         self.registers: dict = {}
         self.owned: set[str] = set()
         self.remote, self.safety, self.nan, self.mute = True, 1, False, False
-        self.subscribers: list = []
+        self.subscribers: dict[socket.socket, list[str]] = {}
+        self.lock = threading.Lock()
         self.cycles = 0
 
     def outputs(self) -> dict:
@@ -129,94 +134,83 @@ class Controller:
                 "robot_status_bits": 1 + 2 * self.program.running, "safety_status_bits": {1: 1, 3: 4, 7: 1 << 6 | 1 << 7}.get(self.safety, 1),
                 "output_int_register_0": self.program.ready, "speed_scaling": 1.0, "target_speed_fraction": 1.0}
 
-    async def run(self) -> None:
+    def run(self) -> None:
         start = time.monotonic()
         while True:
-            due = int((time.monotonic() - start) * self.rate)
-            if due > self.cycles + 20:  # not scheduled for so long: robot time stood still, or the watchdog would bite before the inbox is read
-                start += (due - self.cycles - 1) / self.rate
-                due = self.cycles + 1
-            for _ in range(due - self.cycles):
+            left = start + (self.cycles + 1) / self.rate - time.monotonic()
+            if left > 0:
+                time.sleep(left)
+            elif left < -0.01:  # not scheduled for so long: robot time stood still
+                start -= left
+            with self.lock:
                 self.cycles += 1
                 self.program.cycle(self.cycles / self.rate, self.registers)
                 self.arm.step(1 / self.rate)
-            if not self.mute:
-                values = self.outputs()
-                for writer, recipe, names in list(self.subscribers):
-                    if writer.is_closing():
-                        self.subscribers.remove((writer, recipe, names))
-                    else:
-                        writer.write(message(85, bytes([recipe]) + pack(names, values)))
-            await asyncio.sleep(1 / self.rate)
+                said = [] if self.mute else [(sock, message(85, b"\1" + pack(names, self.outputs()))) for sock, names in self.subscribers.items()]
+            for sock, text in said:
+                with contextlib.suppress(OSError):
+                    sock.sendall(text)
 
-    async def rtde(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def rtde(self, sock: socket.socket) -> None:
         outputs: list[str] = []
         inputs: dict[int, list[str]] = {}
         mine: set[str] = set()
+        reader = sock.makefile("rb")
         try:
-            while True:
-                size, what = struct.unpack(">HB", await reader.readexactly(3))
-                body = await reader.readexactly(size - 3)
-                if what == 85:
-                    names = inputs[body[0]]
-                    flat = struct.unpack(">" + "".join(KINDS[kind(n)] for n in names), body[1:])
-                    self.registers.update(zip(names, flat, strict=False))
-                    if "input_int_register_0" in names:
-                        self.program.heard = self.cycles / self.rate
-                elif what == 86:
-                    writer.write(message(86, b"\1"))
-                elif what == 118:
-                    writer.write(message(118, struct.pack(">4I", self.major, 15, 0, 128000)))
-                elif what == 79:
-                    outputs = body[8:].decode().strip(",").split(",")
-                    writer.write(message(79, b"\1" + ",".join(map(kind, outputs)).encode()))
-                elif what == 73:
-                    names = body.decode().strip(",").split(",")
-                    taken = (self.owned - mine) & set(names)
-                    mine |= set(names) - taken
-                    self.owned |= mine
-                    inputs[len(inputs) + 1] = names
-                    kinds = ["IN_USE" if n in taken else kind(n) for n in names]
-                    writer.write(message(73, bytes([0 if taken else len(inputs)]) + ",".join(kinds).encode()))
-                elif what == 83:
-                    writer.write(message(83, b"\1"))
-                    self.subscribers.append((writer, 1, outputs))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+            while head := reader.read(3):
+                size, what = struct.unpack(">HB", head)
+                body = reader.read(size - 3)
+                with self.lock:
+                    if what == 85:
+                        names = inputs[body[0]]
+                        self.registers.update(zip(names, struct.unpack(">" + "".join(KINDS[kind(n)] for n in names), body[1:]), strict=False))
+                        if "input_int_register_0" in names:
+                            self.program.heard = self.cycles / self.rate
+                    elif what == 86:
+                        sock.sendall(message(86, b"\1"))
+                    elif what == 118:
+                        sock.sendall(message(118, struct.pack(">4I", self.major, 15, 0, 128000)))
+                    elif what == 79:
+                        outputs = body[8:].decode().strip(",").split(",")
+                        sock.sendall(message(79, b"\1" + ",".join(map(kind, outputs)).encode()))
+                    elif what == 73:
+                        names = body.decode().strip(",").split(",")
+                        taken = (self.owned - mine) & set(names)
+                        mine |= set(names) - taken
+                        self.owned |= mine
+                        inputs[len(inputs) + 1] = names
+                        kinds = ["IN_USE" if n in taken else kind(n) for n in names]
+                        sock.sendall(message(73, bytes([0 if taken else len(inputs)]) + ",".join(kinds).encode()))
+                    elif what == 83:
+                        sock.sendall(message(83, b"\1"))
+                        self.subscribers[sock] = outputs
         finally:
-            self.owned -= mine
-            writer.close()
+            with self.lock:
+                self.owned -= mine
+                self.subscribers.pop(sock, None)
 
-    async def dashboard(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"Connected: Universal Robots Dashboard Server\n")
+    def dashboard(self, sock: socket.socket) -> None:
+        sock.sendall(b"Connected: Universal Robots Dashboard Server\n")
         safety = {1: "NORMAL", 3: "PROTECTIVE_STOP", 7: "ROBOT_EMERGENCY_STOP"}[self.safety]
         answers = {"polyscopeversion": f"URSoftware {self.major}.15.0.128000 (Jan 01 2024)", "get serial number": "20235500000", "stop": "Stopped",
                    "robotmode": "Robotmode: RUNNING", "safetystatus": f"Safetystatus: {safety}"}
-        try:
-            while line := await reader.readline():
-                command = line.decode().strip().lower()
-                if command == "stop":
+        for line in sock.makefile("r"):
+            command = line.strip().lower()
+            if command == "stop":
+                with self.lock:
                     self.program.end("stop")
-                answer = str(self.remote).lower() if command == "is in remote control" else answers.get(command, f'could not understand: "{command}"')
-                writer.write(answer.encode() + b"\n")
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
+            answer = str(self.remote).lower() if command == "is in remote control" else answers.get(command, f'could not understand: "{command}"')
+            sock.sendall(answer.encode() + b"\n")
 
-    async def programs(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def programs(self, sock: socket.socket) -> None:
         text = b""
-        try:
-            while more := await reader.read(1 << 16):
-                text += more
-                if text.rstrip().endswith(b"\nend") and self.remote and self.safety == 1:
-                    if b"def rtde_control()" in text and b"servoj(" in text:
+        while more := sock.recv(1 << 16):
+            text += more
+            if text.rstrip().endswith(b"\nend") and self.remote and self.safety == 1:
+                if b"def rtde_control()" in text and b"servoj(" in text:
+                    with self.lock:
                         self.program.start()
-                    text = b""
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
+                text = b""
 
     def obey(self, command: str) -> dict:
         if command in ("protective", "emergency"):
@@ -240,19 +234,38 @@ def message(what: int, body: bytes) -> bytes:
     return struct.pack(">HB", len(body) + 3, what) + body
 
 
-async def main(host: str, major: int = 5) -> None:
+def claim() -> None:
+    """A controller runs in real time; so does this one where it may."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(12))
+
+
+def listen(host: str, port: int, serve: Callable[[socket.socket], None]) -> None:
+    server = socket.create_server((host, port))
+
+    def one(sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError, struct.error):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            serve(sock)
+
+    def accept() -> None:
+        while True:
+            threading.Thread(target=one, args=(server.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+
+
+def main(host: str, major: int = 5) -> None:
+    claim()
     controller = Controller(major)
     for port, serve in ((29999, controller.dashboard), (30002, controller.programs), (30003, controller.programs), (30004, controller.rtde)):
-        await asyncio.start_server(serve, host, port)
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    running = asyncio.ensure_future(controller.run())
+        listen(host, port, serve)
+    threading.Thread(target=controller.run, daemon=True).start()
     print(json.dumps({"host": host}), flush=True)
-    while line := await reader.readline():
-        print(json.dumps(controller.obey(line.decode().strip())), flush=True)
-    running.cancel()
+    for line in sys.stdin:
+        with controller.lock:
+            print(json.dumps(controller.obey(line.strip())), flush=True)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], *map(int, sys.argv[2:])))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

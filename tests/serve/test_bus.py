@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from policy.serve.drivers.bus import BusDriver, Calibration
 from policy.serve.robot import DriverError, RobotSpec, Setpoints
-from tests.serve.far_side import ROOT, FarSide
+from tests.serve.far_side import ROOT, FarSide, fails, until
 
 CONF = OmegaConf.load(ROOT / "conf/robot/so101.yaml")
 SO101 = instantiate(CONF.spec)
@@ -51,23 +51,6 @@ class Servos:
 
     def close(self):
         self.log.append("close")
-
-
-def until(true, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
-
-
-def fails(call, why: str, seconds: float) -> None:
-    """call() raises DriverError(why) within `seconds`, tried again and again."""
-    start = time.monotonic()
-    with pytest.raises(DriverError, match=why):
-        while time.monotonic() - start < 10:
-            call()
-            time.sleep(0.005)
-    assert time.monotonic() - start < seconds
 
 
 def to(q, n: int = 3) -> Setpoints:

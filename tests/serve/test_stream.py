@@ -1,4 +1,6 @@
 """What drivers share: playback of setpoints, the robot's clock, bounded calls, and the thread around them."""
+import subprocess
+import sys
 import threading
 import time
 
@@ -7,6 +9,7 @@ import pytest
 
 from policy.serve.drivers.stream import Clock, Gone, Playback, Streamed, within
 from policy.serve.robot import DriverError, RobotSpec, Setpoints
+from tests.serve.far_side import ROOT, until
 
 SPEC = RobotSpec("two", ["a", "b"], ["rad", "rad"], [-1, -1], [1, 1], [1, 1], [1, 1], [1, 1])
 
@@ -53,13 +56,6 @@ def toy():
     toy.connect(SPEC)
     yield toy
     toy.close()
-
-
-def until(true, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 def test_playback_is_linear_between_setpoints_and_rests_at_the_end():
@@ -203,6 +199,13 @@ def test_nothing_works_before_connect_and_threads_end():
     toy.connect(SPEC)
     toy.close()
     assert not [t for t in threading.enumerate() if "toy" in t.name] and toy.log == ["halt", "release"]
+
+
+@pytest.mark.parametrize("module, absent, extra", [("ur", "rtde_control", "ur"), ("franka", "franky", "franka"), ("feetech", "scservo_sdk", "bus")])
+def test_an_absent_package_is_named_with_the_pip_line(module, absent, extra):
+    code = f"import sys; sys.modules[{absent!r}] = None; import policy.serve.drivers.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode and f"pip install 'dipole[{extra}]'" in done.stderr.strip().splitlines()[-1]
 
 
 def test_a_robot_that_says_nothing_is_not_connected():

@@ -15,7 +15,7 @@ pytest.importorskip("rtde_control", reason="needs ur-rtde: pip install 'dipole[u
 
 from policy.serve.drivers.ur import UrDriver
 from policy.serve.robot import DriverError, RobotSpec, Setpoints
-from tests.serve.far_side import ROOT, FarSide, free_address
+from tests.serve.far_side import ROOT, FarSide, drive, fails, free_address, sine, until
 
 pytestmark = pytest.mark.ur
 CONF = OmegaConf.load(ROOT / "conf/robot/ur5e.yaml")
@@ -37,88 +37,67 @@ def driver(robot):
     driver.close()
 
 
-def sine(t0: float, start: float, q0: np.ndarray, amplitude: float = 0.25, hz: float = 0.4, fresh: int = 10, tail: int = 200) -> Setpoints:
-    """amplitude (1 - cos) around q0 since `start`, at t0; the tail brakes evenly."""
-    t = t0 + np.arange(fresh) / 500 - start
-    w = 2 * np.pi * hz
-    q, dq = amplitude * (1 - np.cos(w * t)), amplitude * w * np.sin(w * t)
-    s = np.arange(1, tail + 1) / tail
-    q_tail, dq_tail = q[-1] + dq[-1] * (s - s * s / 2) * tail / 500, dq[-1] * (1 - s)
-    every = np.ones(6)
-    q, dq = q0 + np.concatenate([q, q_tail])[:, None] * every, np.concatenate([dq, dq_tail])[:, None] * every
-    return Setpoints(t0, 1 / 500, q, dq, 0 * dq, fresh)
+def hold(q: np.ndarray) -> Setpoints:
+    return Setpoints(time.monotonic(), 1 / 500, q[None], 0 * q[None], 0 * q[None], 1)
 
 
-def follow(driver: UrDriver, q0: np.ndarray, seconds: float) -> list:
-    start, states, k = time.monotonic(), [], 0
-    while time.monotonic() - start < seconds:
-        driver.write(sine(time.monotonic(), start, q0))
-        k += 1
-        time.sleep(max(0.0, start + k / 50 - time.monotonic()))
-        if (state := driver.read()) is not None:
-            states.append(state)
-    return [(s.t - start, s.q) for s in states]
-
-
-def fails(call, why: str, seconds: float) -> str:
-    """call() raises DriverError(why) within `seconds`, tried again and again."""
-    start = time.monotonic()
-    with pytest.raises(DriverError, match=why) as caught:
-        while time.monotonic() - start < 10:
-            call()
-            time.sleep(0.002)
-    assert time.monotonic() - start < seconds
-    return str(caught.value)
-
-
-def until(true, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
+def moving(driver: UrDriver, q0: np.ndarray) -> None:
+    drive(driver, SPEC, q0, 0.5, sine(q0, 0.25, 0.4))
 
 
 @pytest.mark.slow
-def test_the_joints_follow_with_the_lag_of_the_lookahead_and_keep_to_the_limits(robot, driver):
+def test_the_joints_follow_with_the_lag_of_the_lookahead(driver, record_property):
+    q0 = driver.connect(SPEC).q
+    target = sine(q0, 0.25, 0.4)
+    seen = drive(driver, SPEC, q0, 2.5, target)
+    assert len(seen["t"]) > 80  # states came all along
+    later = seen["t"] > 0.5
+    lags = np.arange(0, 0.12, 0.002)
+    misses = [np.median(np.abs(seen["q"] - target(seen["t"] - lag)[0])[later].max(1)) for lag in lags]
+    best = int(np.argmin(misses))
+    record_property("lag [s]", f"{lags[best]:.3f}")
+    record_property("error [rad]", f"{misses[best]:.4f}")
+    print(f"lag {lags[best]:.3f} s, error p50 {misses[best]:.4f} rad, age p50 {1e3 * np.median(seen['age']):.1f}, late max {1e3 * seen['late'].max():.2f} ms")
+    assert 0.025 <= lags[best] <= 0.06 and misses[best] < 0.003  # lookahead .03 s and a few cycles
+
+
+@pytest.mark.slow
+def test_a_jump_is_limited_at_the_simulated_joints(robot, driver):
     q0 = driver.connect(SPEC).q
     robot.ask("reset")
-    seen = follow(driver, q0, 2.0)
-    assert len(seen) > 50  # states came all along
-    def miss(lag: float) -> float:
-        return float(np.median([abs(q[2] - q0[2] - 0.25 * (1 - np.cos(2 * np.pi * 0.4 * (t - lag)))) for t, q in seen if t > 0.5]))
-    lags = np.arange(0, 0.12, 0.005)
-    best = lags[np.argmin([miss(lag) for lag in lags])]
-    assert 0.025 <= best <= 0.065 and miss(best) < 0.004  # lookahead .03 s, plus a command and a cycle on the way
-    top = robot.ask("state")["top"]
-    assert max(top["dq"]) <= min(SPEC.velocity)
-    assert min(top["dq"]) > 0.5  # it did move: .63 rad/s at most
+    drive(driver, SPEC, q0, 2.5, lambda t: (np.tile(q0 + 1.0, (len(t), 1)), np.zeros((len(t), 6))))
+    end = robot.ask("state")
+    print({k: round(max(v), 3) for k, v in end["top"].items()})
+    assert end["q"] == pytest.approx(q0 + 1.0, abs=1e-3)
+    assert 1.2 < max(end["top"]["dq"]) <= 1.02 * 1.57  # the limit; what remains is how evenly commands arrive
+    assert max(end["top"]["ddq"]) <= 1.2 * 5.0
 
 
 def test_without_commands_it_holds_and_with_a_tail_it_comes_to_rest(robot, driver):
     q0 = driver.connect(SPEC).q
-    follow(driver, q0, 0.4)
-    moving = robot.ask("state")
-    assert min(moving["dq"]) > 0.2
+    moving(driver, q0)
+    on_the_way = robot.ask("state")
+    assert min(on_the_way["dq"]) > 0.2
     until(lambda: max(map(abs, robot.ask("state")["dq"])) < 1e-3)
     rest = robot.ask("state")
-    assert rest["running"] and rest["q"] != moving["q"] and rest["log"] == []  # no watchdog: the stream goes on, holding
+    assert rest["running"] and rest["q"] != on_the_way["q"] and rest["log"] == []  # no watchdog: the stream goes on, holding
     assert driver.read() is not None
 
 
 @pytest.mark.slow
 def test_stop_decelerates_and_refuses_until_connect(robot, driver):
     q0 = driver.connect(SPEC).q
-    follow(driver, q0, 0.4)
+    moving(driver, q0)
     begin = time.monotonic()
     driver.stop()
     assert time.monotonic() - begin < 0.02
     with pytest.raises(DriverError, match="connect"):
-        driver.write(sine(time.monotonic(), begin, q0))
+        driver.write(hold(q0))
     until(lambda: not any(robot.ask("state")["dq"]))
     assert "servo_stop" in robot.ask("state")["log"]
     until(lambda: driver.read() is not None)  # still watched
-    driver.connect(SPEC)
-    follow(driver, driver.read().q if driver.read() else q0, 0.1)
+    moving(driver, driver.connect(SPEC).q)
+    assert min(robot.ask("state")["dq"]) > 0.2
 
 
 @pytest.mark.parametrize("fault, why", [("protective", "protective stop.*acknowledge"), ("emergency", "emergency stop.*release"),
@@ -128,7 +107,7 @@ def test_faults_say_what_to_do_within_half_a_second(robot, driver, fault, why):
     robot.ask(fault)
     fails(driver.read, why, 0.5 + STALE)
     with pytest.raises(DriverError, match=why):
-        driver.write(sine(time.monotonic(), 0.0, np.zeros(6)))
+        driver.write(hold(np.zeros(6)))
     until(lambda: not any(robot.ask("state")["dq"]))
 
 
@@ -140,14 +119,12 @@ def test_a_robot_that_vanishes_is_noticed(robot, driver, how):
 
 
 CHILD = """
-import sys, time
-from tests.serve.test_ur import SPEC, UrDriver, sine
+import sys
+from tests.serve.test_ur import SPEC, UrDriver, drive, sine
 driver = UrDriver(sys.argv[1])
-q0, start = driver.connect(SPEC).q, time.monotonic()
+q0 = driver.connect(SPEC).q
 print("moving", flush=True)
-while True:
-    driver.write(sine(time.monotonic(), start, q0))
-    time.sleep(.02)
+drive(driver, SPEC, q0, 60.0, sine(q0, .25, .4))
 """
 
 
@@ -176,13 +153,13 @@ def test_the_bridge_dies_or_freezes_and_the_robot_comes_to_rest_as_it_was_told_t
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_process_beside_us_dies_or_freezes_and_the_robots_own_watchdog_stops_it(robot, driver, how):
     q0 = driver.connect(SPEC).q
-    follow(driver, q0, 0.4)
+    moving(driver, q0)
     driver._process.send_signal(how)
     fails(driver.read, "gone", 0.5 + STALE)
     until(lambda: robot.ask("state")["log"] == ["watchdog"])
     until(lambda: not any(robot.ask("state")["dq"]))
     with pytest.raises(DriverError, match="gone"):
-        driver.write(sine(time.monotonic(), 0.0, q0))
+        driver.write(hold(q0))
 
 
 def test_what_keeps_a_robot_from_being_connected(robot, driver):

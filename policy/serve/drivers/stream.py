@@ -14,7 +14,7 @@ import numpy as np
 from policy.serve.robot import DriverError, RobotSpec, RobotState, Setpoints
 
 T = TypeVar("T")
-Point = tuple[np.ndarray, np.ndarray]  # q, dq, each (dof,)
+Point = tuple[np.ndarray, np.ndarray, np.ndarray]  # q, dq, ddq, each (dof,)
 Sense = Callable[[RobotState], Mapping[str, np.ndarray]]
 DRIFT = 1e-4  # s per s that a robot's clock may run slower than ours
 
@@ -33,7 +33,7 @@ class Playback:
         self._plans = (*[p for p in self._plans if p.t0 < setpoints.t0][-7:], setpoints)
 
     def at(self, t: float) -> Point | None:
-        """Position and velocity (dof,) at t [s, monotonic]; the first setpoint before it is due, the last one after the end, None before any came."""
+        """q, dq, ddq (dof,) at t [s, monotonic]; the first setpoint before it is due, the last one after the end, None before any came."""
         plans = self._plans
         if not plans:
             return None
@@ -41,7 +41,8 @@ class Playback:
         x = min(max((t - plan.t0) / plan.dt, 0.0), len(plan.q) - 1.0)
         i = min(int(x + 1e-9), max(len(plan.q) - 2, 0))
         part, j = min(max(x - i, 0.0), 1.0), min(i + 1, len(plan.q) - 1)
-        return plan.q[i] * (1 - part) + plan.q[j] * part, plan.dq[i] * (1 - part) + plan.dq[j] * part
+        q, dq, ddq = (x[i] * (1 - part) + x[j] * part for x in (plan.q, plan.dq, plan.ddq))
+        return q, dq, ddq
 
 
 class Clock:
@@ -174,9 +175,9 @@ class Streamed:
         if self.fault is not None:
             raise self.fault
         n = len(self._joints)
-        if setpoints.q.ndim != 2 or setpoints.q.shape != setpoints.dq.shape or setpoints.q.shape[1] != n or not len(setpoints.q):
+        if setpoints.q.ndim != 2 or not setpoints.q.shape == setpoints.dq.shape == setpoints.ddq.shape or setpoints.q.shape[1] != n or not len(setpoints.q):
             raise DriverError(f"setpoints must be (n, {n}), got positions {setpoints.q.shape} and velocities {setpoints.dq.shape}")
-        if not (np.isfinite(setpoints.q).all() and np.isfinite(setpoints.dq).all()):
+        if not all(np.isfinite(x).all() for x in (setpoints.q, setpoints.dq, setpoints.ddq)):
             raise DriverError("setpoints hold NaN or infinity: they must pass the limiter (policy.serve.limiter)")
         self._playback.put(setpoints)
 
@@ -237,22 +238,26 @@ class Streamed:
             self._halter = threading.Thread(target=halt, daemon=True, name=f"{self.name} halt")
             self._halter.start()
 
+    def _pace(self, deadline: float) -> float:
+        """Wait until the robot is to be told where to be; the moment that it is told for [s, monotonic]."""
+        if (left := deadline - time.monotonic()) > 0:
+            time.sleep(left)
+        now = time.monotonic()
+        self._late = max(self._late, now - deadline)
+        return now
+
     def _play(self) -> None:
         period, start, i = 1 / self.rate, time.monotonic(), 0
         while not self._ending.is_set():
             if self._halting.is_set():
                 self._begin_halt()
-            now = time.monotonic()
-            state = self._tick(None if self._halting.is_set() else self._playback.at(now))
-            self._polled = now
-            if state is not None:
-                self._heard, self._newest = time.monotonic(), state
-            self._check_heard()
             i += 1
             if (behind := int((time.monotonic() - start) * self.rate) - i) > 0:
                 i, self._slipped = i + behind, self._slipped + behind
-            deadline = start + i * period
-            if (left := deadline - time.monotonic()) > 0:
-                time.sleep(left)
-            self._late = max(self._late, time.monotonic() - deadline)
+            due, looked = self._pace(start + i * period), time.monotonic()
+            state = self._tick(None if self._halting.is_set() else self._playback.at(due))
+            self._polled = looked
+            if state is not None:
+                self._heard, self._newest = time.monotonic(), state
+            self._check_heard()
         self._begin_halt()

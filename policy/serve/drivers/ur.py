@@ -2,10 +2,12 @@
 
 What the client would leave to chance is decided here. ur-rtde 1.6.5 holds Python's lock while it connects and can crash its process when the controller is
 lost during a call, so it has a process of its own. Who answers and in which mode is asked first, with a time limit. servoJ returns True into a dead
-socket, so only the robot's clock counts as news. The robot's watchdog stops its program when our commands stop.
+socket, so only the robot's clock counts as news. The robot's watchdog stops its program when our commands stop. Commands go out on the robot's beat, just
+after its state came in: two clocks of 500 Hz that drift past each other would make it miss a command now and then, and jump with the next.
 """
 import socket
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ except ImportError as e:
 DOF = 6
 RTDE, DASHBOARD = 30004, 29999
 PLAYING, RUNNING = 2, 7  # runtime_state, robot_mode
+POLL = 0.0002  # s between looks for the robot's next state
 SAFETY = {  # safety_mode: what happened and what to do
     3: "is in protective stop: look at the arm, free it, and acknowledge on the teach pendant (not sooner than 5 s after the stop)",
     4: "is outside its safety limits: move it back in recovery mode on the teach pendant",
@@ -68,13 +71,13 @@ class UrClient(Streamed):
 
     def _open(self, robot: RobotSpec, timeout: float) -> None:
         check_joints(robot, DOF, "rad", "a UR robot")
-        native = 500.0 if version(self.host, timeout, self.name) > 3 else 125.0
+        self._native = native = 500.0 if version(self.host, timeout, self.name) > 3 else 125.0
         if self.rate > native or native % self.rate:
             raise DriverError(f"{self.name} takes {native:g} setpoints a second, not {self.rate:g}: set driver.rate to {native:g} or a divisor of it")
         check_mode(self.host, timeout, self.name)
         self._control, self._receive = within(timeout, self._start, f"{self.name} does not start its control program within {timeout:g} s: is another client "
                                               "(a second bridge, PROFINET, EtherNet/IP) using its RTDE registers?")
-        self._stamp = -1.0
+        self._stamp = self._paced = -1.0
 
     def _start(self) -> tuple[Any, Any]:
         receive = rtde_receive.RTDEReceiveInterface(self.host)
@@ -82,6 +85,19 @@ class UrClient(Streamed):
         if not control.setWatchdog(self.watchdog):
             raise DriverError(f"{self.name} does not set its watchdog: stop its program on the teach pendant and connect again")
         return control, receive
+
+    def _pace(self, deadline: float) -> float:
+        late = time.monotonic() + 2 / self.rate
+        while (now := time.monotonic()) < late:
+            stamp = self._receive.getTimestamp()
+            if stamp > self._paced + 1 / self.rate - 0.5 / self._native or stamp < self._paced:
+                self._slipped += max(0, round((stamp - self._paced) * self.rate) - 1) if self._paced >= 0 else 0
+                self._paced = stamp
+                return self._clock.here(stamp, now, self._polled)
+            self._polled = now
+            time.sleep(POLL)
+        self._late = max(self._late, now - deadline)
+        return now
 
     def _tick(self, point: Point | None) -> RobotState | None:
         stamp = self._receive.getTimestamp()
