@@ -1,7 +1,7 @@
 # Every target that needs .venv makes it, so `make demo` works in a fresh clone with nothing but python3 and make.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install suites demo test check all clean
+.PHONY: help install suites demo test realtime check all clean
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -30,6 +30,9 @@ demo: $(STAMP) ## from nothing to a moving robot: demonstrations, training, eval
 
 test: $(STAMP) ## run the fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+realtime: $(STAMP) ## run what needs the clock, alone: faults of planner, bridge and robot, drivers, the served policy
+	$(BIN)/python -m pytest -m 'slow and not ros and not franka' tests/serve tests/test_deploy_verb.py $(ARGS)
 
 check: $(STAMP) ## lint and type-check
 	$(BIN)/ruff check .
