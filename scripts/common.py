@@ -73,7 +73,7 @@ def of_run(cfg: DictConfig, folder: Path) -> DictConfig:
     words = whole_sampler([*remembered(_trained_with(folder), now), *now])  # sampler.steps=4 keeps the trained sampler
     both = compose(name := HydraConfig.get().job.config_name, words)
     touched = {key_of(o) for o in now} - {"run", "resume"}
-    if name == "eval" and (learned := sorted(touched & {*PLANNER, *LEARNED} - {"sampler"})):
+    if name in ("eval", "serve", "export") and (learned := sorted(touched & {*PLANNER, *LEARNED} - {"sampler"})):
         raise ValueError(f"{', '.join(learned)} cannot change after training; train a new run with it. What can: env, sampler, guide, control")
     if "recipe" in touched:
         raise ValueError("a run keeps its recipe; start a new run for another one")

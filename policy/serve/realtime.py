@@ -16,7 +16,7 @@ def claim(priority: int = 10, cpu: int | None = None) -> dict[str, Any]:
     """
     got: dict[str, Any] = {"scheduler": "normal", "memory_locked": False, "cpu": None, "why_not": []}
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))  # threads made from here on are ordinary
         got["scheduler"] = f"SCHED_FIFO {priority}"
     except (OSError, AttributeError) as e:
         got["why_not"].append(f"SCHED_FIFO: {e}; allow it with `setcap cap_sys_nice=ep` on python, or an rtprio line in /etc/security/limits.conf")

@@ -1,0 +1,61 @@
+"""The clock of the loop: deadlines do not drift, missed periods are skipped, and threads made in the loop are not real-time ones."""
+import gc
+import os
+import threading
+import time
+from itertools import islice
+
+import pytest
+
+from policy.serve import realtime
+
+
+def test_deadlines_are_absolute_and_missed_ones_are_skipped():
+    start, seen = time.monotonic(), []
+    for deadline, late in islice(realtime.ticks(100.0), 12):
+        seen.append(deadline - start)
+        assert late >= 0
+        if len(seen) == 4:
+            time.sleep(0.035)  # three and a half periods
+    steps = [round((b - a) * 100, 6) for a, b in zip(seen[:-1], seen[1:], strict=True)]
+    assert set(steps[:3] + steps[5:]) == {1.0} or max(steps) > 4, steps  # a busy computer may miss more
+    assert steps[3] >= 3 and all(s == round(s) for s in steps)
+
+
+def test_what_is_asked_for_is_told_and_given_back():
+    got = realtime.claim(1)
+    try:
+        assert got["scheduler"].startswith("SCHED_FIFO") or any("SCHED_FIFO" in why for why in got["why_not"])
+        assert not gc.isenabled()
+        policies: list[int] = []
+        thread = threading.Thread(target=lambda: policies.append(os.sched_getscheduler(0)))
+        thread.start()
+        thread.join()
+        assert policies == [os.SCHED_OTHER]
+        cycle: list = []
+        cycle.append(cycle)
+        gc.collect()
+        before = gc.get_count()
+        realtime.tidy(time.monotonic() + 1)
+        assert gc.get_count() <= before
+    finally:
+        realtime.release()
+    assert gc.isenabled() and os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_loop_that_may_not_have_priority_runs_all_the_same(monkeypatch):
+    def refuse(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    got = realtime.claim(10)
+    monkeypatch.undo()
+    realtime.release()
+    assert got["scheduler"] == "normal" and "setcap" in got["why_not"][0]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_a_core_that_is_not_there_is_told():
+    got = realtime.claim(1, cpu=4096)
+    realtime.release()
+    assert got["cpu"] is None and any("cpu 4096" in why for why in got["why_not"])
