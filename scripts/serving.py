@@ -82,14 +82,15 @@ def resident(pid: int) -> float:
         return float("nan")
 
 
-def in_process(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """`dipole eval` of the same seeds: {success, success_ci}; empty when there is no run to evaluate."""
+def in_process(cfg: DictConfig, folder: Path, control: dict[str, Any]) -> dict[str, Any]:
+    """`dipole eval` of the same seeds with these control settings: {success, success_ci, …}; empty when there is no run to evaluate."""
     if not cfg.run:
         return {}
     out = folder / "in_process"
+    words = [f"control.{k}={str(v).lower()}" for k, v in control.items()]
     done = subprocess.run([sys.executable, "-m", "scripts.cli", "eval", f"run={cfg.run}", f"episodes={cfg.episodes}", f"seed={cfg.seed}", "videos=0",
-                           f"out={out}"], capture_output=True, text=True, env=_environment())
+                           f"out={out}", *words], capture_output=True, text=True, env=_environment())
     if done.returncode:
         raise OSError(f"dipole eval run={cfg.run} failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
     metrics = read_json(out / "metrics.json")
-    return {k: metrics[k] for k in ("success", "success_ci", "episodes", "plan_ms")}
+    return {**{k: metrics[k] for k in ("success", "success_ci", "episodes", "plan_ms")}, **control}

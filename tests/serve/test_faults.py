@@ -37,7 +37,7 @@ CARD = Card("evil", "Gantry", {"hand": (3,), "opening": (1,)}, 2, 16, 4, 0.1, co
 class Bench:
     """Evil planner and simulated robot in their own processes, the bridge in this one."""
 
-    def __init__(self, tmp: Path, fault: str, start: float, end: float, **settings):
+    def __init__(self, tmp: Path, fault: str, start: float, end: float, align: bool = True, **settings):
         self.tmp, self.args = tmp, [fault, str(start), str(end), json.dumps(CARD.to_json())]
         self.port = 0
         self.server = self.serve()
@@ -45,7 +45,7 @@ class Bench:
         self.client.wait_ready(20)
         self.driver = MujocoDriver(NODE["driver"]["task"], log=str(tmp / "robot.npz"))
         self.journal = Journal()
-        execution = Execution(ROBOT, CARD.horizon, CARD.dt, execute=6, most=16)
+        execution = Execution(ROBOT, CARD.horizon, CARD.dt, execute=6, most=16, align=align)
         self.bridge = Bridge(self.driver, self.client, ROBOT, execution, obs=CARD.obs, settings=Settings(**{"hold": 30.0, "rejects": 10**6, **settings}),
                              journal=self.journal)
         self.bridge.connect()
@@ -129,6 +129,19 @@ def test_without_a_fault_the_bench_dances(bench):
     assert b.modes() == ["RUN", "BRAKE"]  # the end of the run
     assert set(facts["counts"]) <= {"asked", "chunks"}, facts["counts"]
     print(facts["late_ms"], facts["obtained"]["scheduler"], facts["delay_steps"])
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_where_time_matters_plans_are_right_when_aligned_and_wrong_when_not(bench, align):
+    """What is to be followed moves at up to .12 m/s, and plans take 120 ms."""
+    b = bench("clock", align=align)
+    b.run(6.0)
+    log = b.judge()
+    j, t = np.arange(CARD.action_dim), log["t"][:, None]
+    goal = np.array(CARD.facts["home"]) + np.array(CARD.facts["amplitude"]) * np.sin(1.2 * t + j)
+    error = np.abs(log["commanded"] - goal)[(log["at"] > 2) & (log["at"] < 5.9)]
+    print(f"aligned {align}: error p50 {1e3 * np.median(error.max(1)):.1f} mm, largest {1e3 * error.max():.1f} mm")
+    assert error.max() < 3e-3 if align else np.median(error.max(1)) > 8e-3
 
 
 @pytest.mark.parametrize("fault, counted", [
