@@ -69,7 +69,7 @@ def test_a_jump_is_limited_at_the_simulated_joints(robot, driver):
     end = robot.ask("state")
     print({k: round(max(v), 3) for k, v in end["top"].items()})
     assert end["q"] == pytest.approx(q0 + 1.0, abs=1e-3)
-    # On quiet cores 1.573 rad/s (limit 1.57) and 5.3 rad/s^2 (5.0); on busy ones commands arrive unevenly, up to 1.61 and 28. Unlimited: 9 and 600.
+    # On quiet cores 1.573 rad/s (limit 1.57) and 5.3 rad/s^2 (5.0); on busy ones commands arrive unevenly, up to 1.61 and 28 seen.
     assert 1.2 < max(end["top"]["dq"]) <= 1.1 * 1.57 and max(end["top"]["ddq"]) <= 40.0
 
 
