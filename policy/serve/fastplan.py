@@ -119,19 +119,25 @@ class CpuLoop:
 
 
 class GraphLoop:
-    """The solver's loop around any network as one CUDA graph with fixed inputs; on other devices the same loop without a graph."""
+    """The solver's loop around any network as one CUDA graph with fixed inputs; on other devices the same loop without a graph.
+
+    Nothing is copied to the GPU inside: the denoiser's scales are known beforehand, what a plan is about is written into tensors that stay.
+    """
 
     def __init__(self, planner: Planner, solver: Solver):
-        t, d, self.solver, self.step, self.rtc = planner.spec.horizon, planner.spec.action_dim, solver, Step(planner), planner.rtc
+        t, d, self.solver, self.rtc = planner.spec.horizon, planner.spec.action_dim, solver, planner.rtc
         like = next(planner.parameters()).detach()
-        blank = promised(solver, (t, d))
+        self.net, self.step = planner.denoiser.net, Step(planner)
         self.terms = like.new_zeros(len(solver.final), t * d)
         self.noise = self.terms[: 1 + solver.draws].view(-1, t, d)
         self.known, self.mask, self.told = like.new_zeros(1, t, d), torch.zeros(1, t, 1, dtype=torch.bool, device=like.device), like.new_zeros(1, t)
-        self.pull = torch.from_numpy(blank.pull)[:, None].to(like)
+        self.pull = like.new_zeros(solver.calls, 1, t, 1)
         self.rows, self.final = [torch.from_numpy(r).to(like) for r in solver.rows], torch.from_numpy(solver.final).to(like)
-        self.taus = [like.new_full((1, t) if self.rtc else (1,), float(tau)) for tau in solver.taus]
-        self.tokens = planner.encode({k: like.new_zeros(1, planner.spec.t_obs, *size) for k, size in planner.spec.obs.items()}).tokens.detach().clone()
+        with torch.no_grad():
+            self.cond = planner.encode({k: like.new_zeros(1, planner.spec.t_obs, *size) for k, size in planner.spec.obs.items()}).map(torch.clone)
+            self.taus = [like.new_full((1, t) if self.rtc else (1,), float(tau)) for tau in solver.taus]
+            self.scales = [planner.denoiser.scales(self.known, tau[:, 0] if self.rtc else tau) for tau in self.taus]
+            self.clean = planner.denoiser.scales(self.known, like.new_zeros(1))[0]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.out = torch.empty(0)
         if like.device.type == "cuda":
@@ -150,18 +156,22 @@ class GraphLoop:
             self.out = self._once()
 
     def _once(self) -> Tensor:
-        at, size = len(self.noise), self.known.shape
-        for tau, row, pull in zip(self.taus, self.rows, self.pull, strict=True):
-            x = (row @ self.terms[:at]).view(size)
-            tau = tau * (1 - self.told) if self.rtc else tau
-            self.terms[at] = self.step(x, tau, self.tokens, self.known, self.mask, pull).flatten()
+        at, size, told = len(self.noise), self.known.shape, self.told[..., None] > 0
+        for tau, row, pull, (c_in, c_skip, c_out) in zip(self.taus, self.rows, self.pull, self.scales, strict=True):
+            x = torch.where(self.mask, self.known, (row @ self.terms[:at]).view(size))
+            if self.rtc:
+                tau, c_in = tau * (1 - self.told), torch.where(told, self.clean, c_in)
+            x0 = c_skip * x + c_out * self.net(c_in * x, tau, self.cond)
+            self.terms[at] = self.step.around(x0, self.known, self.mask, pull).flatten()
             at += 1
         return (self.final @ self.terms).view(size[1:])
 
     def walk(self, cond: Cond, noises: Tensor, told: Promised) -> Tensor:
         """The normalised plan (t,d), until the next one.   noises: (1 + draws, t, d)."""
         self.noise.copy_(noises)
-        self.tokens.copy_(cond.tokens)
+        self.cond.tokens.copy_(cond.tokens)
+        if self.cond.mask is not None and cond.mask is not None:
+            self.cond.mask.copy_(cond.mask)
         self.known.copy_(torch.from_numpy(told.known))
         self.mask.copy_(torch.from_numpy(told.mask))
         self.pull.copy_(torch.from_numpy(told.pull)[:, None])

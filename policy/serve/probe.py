@@ -62,10 +62,10 @@ def _agrees(planner: Planner, table: Solver) -> bool:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1 + table.draws, 1, 5, 1, generator=generator, dtype=torch.float64)
     drawn = iter(noise[1:])
-    want = _sample(planner, lambda x, tau, cond: torch.tanh(x + tau[0]), noise[0], lambda x: next(drawn))
+    want = _sample(planner, lambda x, tau, cond: 2 * torch.tanh(x + tau[0]), noise[0], lambda x: next(drawn))
     terms = list(noise)
     for tau, row in zip(table.taus, table.rows, strict=True):
         x = sum(float(c) * m for c, m in zip(row, terms, strict=True))
-        terms.append(torch.tanh(x + float(tau)))
+        terms.append(2 * torch.tanh(x + float(tau)))
     got = sum(float(c) * m for c, m in zip(table.final, terms, strict=True))
     return bool((torch.as_tensor(got) - want).abs().max() < TOLERANCE * max(1.0, float(want.abs().max())))
