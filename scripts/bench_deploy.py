@@ -36,6 +36,8 @@ SCHEDULE = "squaredcos_cap_v2"
 
 def measure(cfg: DictConfig) -> dict[str, Any]:
     """{row: race's times, times faster than the first, difference of its plans to the planner's in half ranges, what it needs}."""
+    if K % cfg.deploy.steps:
+        raise ValueError(f"deploy.steps={cfg.deploy.steps} must divide {K}: DDIMScheduler walks other times than it says elsewhere")
     torch.manual_seed(cfg.seed)
     planner = network(list(cfg.deploy.widths), cfg.deploy.steps)
     policy, rng = PlannerBackend(planner), np.random.default_rng(cfg.seed)

@@ -1,0 +1,53 @@
+"""dipole export and dipole bench deploy, as a user types them."""
+import json
+
+import numpy as np
+import pytest
+
+from policy.serve.artifact import load
+from policy.serve.measure import PARITY
+from tests.test_scripts import refused, run, shell  # noqa: F401  (fixtures)
+
+pytest.importorskip("onnxscript", reason="pip install 'dipole[export]'")
+pytest.importorskip("onnxruntime", reason="pip install 'dipole[onnx]'")
+pytestmark = pytest.mark.slow
+
+
+def test_export_compares_times_and_replaces(shell, run):  # noqa: F811
+    done = shell("export", "run=run", "format=onnx", "observations=5", "rounds=1", "sampler=heun", "sampler.steps=2", "out=robot")
+    assert done.code == 0, done.err
+    folder = shell.folder / "robot"
+    card = json.loads((folder / "card.json").read_text())
+    facts = card["facts"]
+    assert facts["solver"]["calls"] == 3 and facts["sampler"]["steps"] == 2 and facts["run"] == "run" and "dipole export" in facts["command"]
+    assert list(facts["latency"]) == ["eager", "FastPlan", "onnx"] and all(row["cpu_ms"] > 0 for row in facts["latency"].values())
+    assert "5 held-out observations of demos.zarr" in facts["parity"]["observations"] and facts["parity"]["worst"] < PARITY
+    assert "identity" in done.out and "times faster" in done.out and "Differences to the planner" in (folder / "report.html").read_text()
+    backend = load(folder)
+    obs = {k: np.zeros((card["t_obs"], *size), np.float32) for k, size in card["obs"].items()}
+    assert backend.plan(obs).shape == (card["horizon"], card["action_dim"])
+    (folder / "old").touch()
+    again = shell("export", "run=run", "format=torch", "observations=2", "rounds=1", "out=robot")
+    assert again.code == 0, again.err
+    assert not (folder / "old").exists() and load(folder).plan(obs).shape == (card["horizon"], card["action_dim"])
+    assert not list(shell.folder.glob(".robot*"))
+
+
+def test_what_cannot_be_is_told_and_what_was_there_stays(shell, run):  # noqa: F811
+    (shell.folder / "mine").mkdir()
+    (shell.folder / "mine" / "thesis.tex").write_text("x")
+    refused(shell("export", "run=run", "out=mine", "format=torch", "observations=1", "rounds=1"), "holds something that is no export")
+    refused(shell("export", "run=run", "net=mlp"), "net cannot change in an export")
+    refused(shell("export", "format=onnx"), "which run?", "dipole export run=FOLDER")
+    refused(shell("export", "run=run", "format=onnx", "precision=bf16"), "bf16 is for format=openvino and torch")
+    assert (shell.folder / "mine" / "thesis.tex").read_text() == "x"
+
+
+def test_the_bench_names_every_way_to_plan(shell):  # noqa: F811
+    done = shell("bench", "deploy", "run=.", "deploy.widths=[8,16]", "deploy.steps=4", "rounds=1")
+    assert done.code == 0, done.err
+    rows = json.loads((shell.folder / "bench" / "deploy.json").read_text())["rows"]
+    assert list(rows)[:4] == ["diffusers loop", "Planner.plan", "FastPlan", "ONNX Runtime"]
+    assert all(r["difference"] < PARITY for name, r in rows.items() if "bf16" not in name) and rows["FastPlan"]["wanted"] == 2.3
+    assert rows["FastPlan"]["faster"] == pytest.approx(rows["diffusers loop"]["cpu_ms"] / rows["FastPlan"]["cpu_ms"])
+    assert "FastPlan" in done.out and "times faster" in done.out
