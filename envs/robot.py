@@ -32,6 +32,7 @@ SLIP = 0.5  # s that it may be late before it shifts its schedule instead of cat
 FIELDS: dict[str, dict[str, type]] = {
     "describe": {},
     "connect": {"session": int},
+    "alive": {"session": int},
     "stop": {"session": int},
     "quit": {"session": int},
     "reset": {"session": int, "id": int, "seed": int},
@@ -101,10 +102,13 @@ class Link:
             self.counts["stranger"] += 1
         else:
             self.last = now
+            self.twin.hear(now)
             self._obey_client(message, now)
 
     def _obey_client(self, message: dict[str, Any], now: float) -> None:
         op = message["op"]
+        if op == "alive":
+            return
         if op == "stop":
             self.twin.stop()
         elif op == "quit":

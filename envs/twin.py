@@ -102,6 +102,11 @@ class Twin:
         self.tripped, self.stopped = False, False
         self.heard: float | None = None
 
+    def hear(self, now: float) -> None:
+        """Somebody is there, whatever they say; the watchdog runs from the first setpoints on."""
+        if self.heard is not None:
+            self.heard = now
+
     def reset(self, seed: int) -> None:
         """A new episode; the robot stands at its start and is told to stay there."""
         self.state = self.task.reset(seed)

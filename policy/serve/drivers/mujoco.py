@@ -176,6 +176,7 @@ class MujocoDriver:
             raise DriverError(f"setpoints {q.shape} every {setpoints.dt} s do not fit a robot of {self.facts['dof']} joints and {dt} s")
         if info["lost"]:
             if not info["rest"]:
+                self._send({"op": "alive", "session": self._session})
                 return
             self._forget_sent()
         step = self._step(setpoints.t0)
