@@ -150,4 +150,5 @@ class Execution:
 
     def due(self, now: float) -> bool:
         """Whether it is time to plan from a new observation."""
-        return self.now is None or now - self.now.t0 >= self.execute * self.dt - 1e-9
+        newest = self.next or self.now
+        return newest is None or now - newest.t0 >= self.execute * self.dt - 1e-9

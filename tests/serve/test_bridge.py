@@ -220,6 +220,24 @@ def test_no_limit_is_exceeded_whatever_comes(merge):
     assert not np.isnan(rig.q).any()
 
 
+def test_a_plan_later_than_promised_waits_until_the_two_meet_and_is_not_asked_for_again():
+    """At 2 s delays jump from 60 to 260 ms, so that what was promised is over when the plan comes; it lies .1 rad beside the one that is followed."""
+    def plan(t_obs, obs, prefix, committed):
+        return follow_wave(t_obs, obs, prefix, committed) + (np.array([0.1, 0.14]) if 102.0 < t_obs < 102.6 else 0.0)
+
+    waiting: list[int] = []
+
+    def slow(rig, t):
+        rig.client.delay = 0.26 if 2.0 < t < 2.6 else 0.04
+        if rig.bridge.execution.next is not None:
+            waiting.append(len(rig.client.asked))
+
+    rig = Rig(plan, merge="frozen", execute=6).run(6.0, slow)
+    assert rig.bridge.execution.counts["overruns"] == 1 and len(waiting) >= 5 and len(set(waiting)) == 1
+    assert rig.modes[-1] is Mode.RUN and rig.bridge.execution.next is None
+    rig.within_limits()
+
+
 def test_a_planner_too_slow_for_its_plans_is_told():
     slow, quick = (Rig(delay=d, execute=8).run(4.0).bridge.journal.events for d in (0.22, 0.12))
     assert next(e["why"] for e in slow if e["event"] == "slow").startswith("plans of 0.80 s do not last") and not [e for e in quick if e["event"] == "slow"]
