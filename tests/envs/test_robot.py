@@ -204,6 +204,19 @@ def test_no_packet_breaks_the_link_or_moves_the_robot():
     link.socket.close()
 
 
+def test_the_watchdog_hears_its_client_whatever_is_said_and_nobody_else():
+    for message, tripped in (({"op": "alive", "session": 1}, False), ({"op": "move", "session": 1, "episode": 0, "id": 2, "step": 0, "anchor": bytes(96),
+                             "q": bytes(32)}, False), ({"op": "alive", "session": 2}, True)):  # fmt: skip
+        twin = Twin(Gantry())
+        link = Link(twin, 0)
+        link._obey(parse(msgpack.packb({"v": 1, "op": "connect", "session": 1})), "here", 0.0)
+        twin.move(twin.step, anchor(twin, twin.step), ramp(twin, 30), 0.0)
+        link._obey(parse(msgpack.packb({"v": 1, **message})), "here", 0.09)
+        twin.advance(0.15)
+        assert twin.tripped == tripped
+        link.socket.close()
+
+
 def test_the_process_says_what_it_is_ignores_noise_stalls_and_writes_its_log(tmp_path):
     log = tmp_path / "log.npz"
     robot = subprocess.Popen([sys.executable, "-m", "envs.robot", "--task", "envs.gantry:Gantry", "--log", str(log), "--stall", ".2", ".1"], cwd=ROOT,
