@@ -4,6 +4,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 MCL_CURRENT, MCL_FUTURE = 1, 2
@@ -48,6 +49,8 @@ def release() -> None:
     """Back to an ordinary process."""
     if hasattr(os, "sched_setscheduler"):
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).munlockall()
     gc.enable()
     gc.unfreeze()
 

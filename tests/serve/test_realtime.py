@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from itertools import islice, pairwise
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,8 @@ def test_what_is_asked_for_is_told_and_given_back():
     finally:
         realtime.release()
     assert gc.isenabled() and os.sched_getscheduler(0) == os.SCHED_OTHER
+    status = Path("/proc/self/status")
+    assert not status.exists() or "VmLck:\t       0 kB" in status.read_text()
 
 
 def test_a_loop_that_may_not_have_priority_runs_all_the_same(monkeypatch):
