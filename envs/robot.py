@@ -256,7 +256,10 @@ def main(argv: list[str] | None = None) -> None:
     if log is not None:
         log.save(args.log, twin)
     twin.close()
-    print(json.dumps(summary), flush=True)
+    try:
+        print(json.dumps(summary), flush=True)
+    except BrokenPipeError:  # a parent that was killed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

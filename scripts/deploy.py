@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
 
 from policy.page import counted, save_json
 from policy.serve.bridge import Bridge, Settings
 from policy.serve.client import PlannerClient
 from policy.serve.execution import Execution
+from policy.serve.expect import Expect
 from policy.serve.journal import Journal
 from policy.serve.robot import RobotSpec, RobotState
 from policy.serve.view import View
@@ -89,8 +91,13 @@ def session(cfg: DictConfig, stack: ExitStack, folder: Path, delay: float = 0.0,
         url, pid = stack.enter_context(serving.server(cfg, delay, folder / "server.log"))
     client = PlannerClient(url, token=token, tls_ca=cfg.tls_ca)
     stack.callback(client.close)
-    if wrong := serving.misfit(client.wait_ready(30.0), robot):
-        raise ValueError(f"the policy at {url} does not fit robot={robot.name}: {wrong}")
+    try:
+        card = client.wait_ready(10.0)
+    except TimeoutError as e:
+        raise TimeoutError(f"{e}. Is `dipole serve` running there?") from e
+    if wrong := serving.misfit(card, robot):
+        raise ValueError(f"the policy at {url} does not fit robot={robot.name}: {wrong}. Choose the robot with robot=…, or serve the run trained for it")
+    client.expect = Expect(dof=robot.dof, dt=card.dt, task=card.task, model_id=card.model_id)  # whatever takes the server's place has to be the same
     extra = {"log": str(folder / "robot.npz")} if record and str(node["driver"]["_target_"]).endswith("MujocoDriver") else {}
     driver = instantiate(node["driver"], **extra, _convert_="all")
     stack.callback(driver.close)
@@ -201,14 +208,29 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
                 facts = bridge.run(cfg.seconds or math.inf, until=lambda state: bool(ended), priority=cfg.realtime.priority, cpu=cfg.realtime.cpu)
             if bridge.supervisor.mode != "STOP":
                 break
-            console.print(f"[bold red]STOP[/]: {bridge.supervisor.reason}", highlight=False, soft_wrap=True)
-            if not console.is_terminal or console.input("Look at the robot. Enter re-arms, anything else ends: ").strip():
+            if not console.is_terminal or not rearm_wanted(bridge.supervisor.reason):
                 break
             bridge.rearm()
     facts |= {"robot": robot.name, "episodes": [], "merge": bridge.execution.merge, "delay": cfg.delay}
     page = deploy_page.write(folder, facts, journal, robot, cfg.robot)
-    console.print(f"[bold]{bridge.supervisor.mode}: {bridge.supervisor.reason}[/]\nreport: {page}", highlight=False, soft_wrap=True)
+    stopped = bridge.supervisor.mode == "STOP"
+    said = f"STOP: {bridge.supervisor.reason}" if stopped else "at rest, the run is over"
+    console.print(f"[bold]{escape(said)}[/]\nreport: {page}", highlight=False, soft_wrap=True)
+    if stopped:
+        raise SystemExit(1)
     return {"folder": str(folder)}
+
+
+def rearm_wanted(reason: str) -> bool:
+    """Ask whoever looks at the robot; ctrl-C is a no."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    console.print(f"[bold red]STOP[/]: {escape(reason)}", highlight=False, soft_wrap=True)
+    try:
+        return not console.input("Look at the robot. Enter re-arms, anything else ends: ").strip()
+    except (KeyboardInterrupt, EOFError):
+        return False
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @verb("deploy", of_run=("robot",))
@@ -219,7 +241,13 @@ def main(cfg: DictConfig) -> dict[str, Any]:
                          "or dipole deploy robot=NAME url=…")
     if sum(bool(cfg[k]) for k in ("run", "artifact", "url")) != 1:
         raise ValueError("which policy? Name one of run=FOLDER (a training run), artifact=FOLDER (an export) or url=ws://host:port (a running dipole serve)")
-    return known[cfg.do](cfg)
+    if wrong := [f"{k}={cfg[k]}" for k in ("seconds", "minutes", "episodes") if cfg[k] is not None and not cfg[k] > 0]:
+        raise ValueError(f"{wrong[0]} must be above 0")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started here ends too
+    try:
+        return known[cfg.do](cfg)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def states(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
         commanded, episode, qpos, number, mocap, dt = (log[k] for k in ("commanded", "episode", "qpos", "number", "mocap", "dt"))
     moves = np.r_[False, np.abs(np.diff(commanded, axis=0)).max(1) > 0] & (np.r_[-1, episode[:-1]] == episode)
     every = max(1, round(1 / (FPS * float(dt))))
-    near = np.convolve(moves, np.ones(2 * every * FPS // 4 + 1), "same") > 0  # a quarter of a second around
+    half = every * FPS // 4  # a quarter of a second around
+    near = np.convolve(moves, np.ones(2 * half + 1))[half: half + len(moves)] > 0
     kept = np.flatnonzero(near & np.isin(episode, episode[moves]))[::every]
     where = {int(n): i for i, n in enumerate(number)}
     return qpos[kept], mocap[[where[int(n)] for n in episode[kept]]], len(np.unique(episode[kept]))

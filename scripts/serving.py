@@ -1,4 +1,5 @@
 """What the deploy verb needs of others: a server process of its own, whether policy and robot fit, the in-process result to compare with."""
+import ctypes
 import os
 import re
 import signal
@@ -6,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def server(cfg: DictConfig, delay: float, log: Path, seconds: float = 180.0) -> 
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as out:
         process = subprocess.Popen([sys.executable, "-m", "scripts.cli", "serve", source, "port=0", f"delay={delay}", *cfg.serve],
-                                   stdout=out, stderr=subprocess.STDOUT, env=_environment())
+                                   stdout=out, stderr=subprocess.STDOUT, env=_environment(), preexec_fn=_with_parent)
     try:
         yield _address(process, log, seconds), process.pid
     finally:
@@ -67,6 +68,12 @@ def _address(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
     raise OSError(f"the planner server did not start{f' within {seconds:.0f} s' if process.poll() is None else ''}: "
                   f"{' '.join(last) or 'it said nothing'} (all of it: {log})")
+
+
+def _with_parent() -> None:
+    """The server ends with whoever started it, be that one killed (Linux)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _environment() -> dict[str, str]:

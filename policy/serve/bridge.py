@@ -71,7 +71,8 @@ class Bridge:
         self.supervisor = Supervisor(patience=self.settings.patience, hold=self.settings.hold)
         self.history, self.epoch, self.asked, self.rejected, self.behind, self.answered = history, 0, -math.inf, 0, 0, True
         self.sent, self.last_refusal, self.was_lost, self.warned = math.nan, "", False, False
-        self.states: deque[tuple[RobotState, dict[str, np.ndarray]]] = deque(maxlen=max(8, int(robot.rate * 4)))
+        self.states: deque[tuple[RobotState, dict[str, np.ndarray]]] = deque(
+            maxlen=int(robot.rate * (history * execution.dt + 1)) + 8)
         self.counts: Counter[str] = Counter()
         self.state: RobotState | None = None
 
@@ -96,6 +97,7 @@ class Bridge:
         self.rejected, self.behind, self.asked, self.answered, self.sent = 0, 0, -math.inf, True, math.nan
         if self.supervisor.mode is not Mode.STOP:
             self.supervisor.mode, self.supervisor.since, self.supervisor.reason = Mode.HOLD, -math.inf, "waiting for the first plan"
+            self.supervisor.fault = ""
 
     def rearm(self, timeout: float = 5.0) -> None:
         """Somebody has looked: STOP -> HOLD, from where the robot stands now. ValueError when it is not stopped, DriverError when it cannot be reached."""
@@ -122,6 +124,9 @@ class Bridge:
                     realtime.tidy(deadline + self.period)
                 if self.supervisor.mode is Mode.STOP or (ending and self.limiter.at_rest):
                     break
+        except Exception:
+            self._stop()
+            raise
         finally:
             if priority is not None:
                 realtime.release()
@@ -137,7 +142,7 @@ class Bridge:
         self._take(first)
         if self.rejected > self.settings.rejects:
             fault = fault or f"{self.rejected} plans in a row were refused, the last for {self.last_refusal}"
-        if not ending:
+        if not ending and self.supervisor.mode is not Mode.BRAKE:  # what is planned from next is a robot at rest
             self._ask(now)
         self.execution.meet(first)
         before = self.supervisor.mode
@@ -220,6 +225,7 @@ class Bridge:
         if not self.was_lost:
             self.counts["lost"] += 1
             self._say("lost", why=self.state.info.get("why", ""))
+            self._start_over()  # the robot is not where the plan believes it to be
         self.was_lost = True
         if not self.state.info.get("rest"):
             return f"the robot refused setpoints: {self.state.info.get('why', '')}"
@@ -237,11 +243,15 @@ class Bridge:
         return f"the next plan is {age:.2f} s late" if age > slack else ""
 
     def _switch(self, before: Mode, mode: Mode) -> None:
-        if mode in (Mode.BRAKE, Mode.STOP):  # whatever is planned or in flight started from somewhere else
-            self.epoch += 1
-            self.execution.forget()
-            self.answered = True
+        if mode in (Mode.BRAKE, Mode.STOP):
+            self._start_over()
         self._say("mode", before=str(before), mode=str(mode), why=self.supervisor.reason)
+
+    def _start_over(self) -> None:
+        """Whatever is planned or in flight started from somewhere else."""
+        self.epoch += 1
+        self.execution.forget()
+        self.answered = True
 
     def _command(self, first: float) -> None:
         """Setpoints of the period from `first` on and the braking tail behind it. A period that comes too late is left to the tail sent before."""

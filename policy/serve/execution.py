@@ -52,7 +52,7 @@ class Execution:
         """Nothing is planned; what is known about delays stays."""
         self.now: Following | None = None
         self.next: Following | None = None  # accepted too late to join the plan it continues; takes over where the two meet
-        self.committed_to = -math.inf       # s: until then the planner was promised the old plan
+        self.promises: dict[float, float] = {}  # {s of an observation: s until which its plan was promised the old one}
 
     def refuse(self, chunk: Chunk, now: float, q: np.ndarray) -> str:
         """Why a chunk must not move the robot, '' when it may: the whole chunk, never a part of it.   q: (dof,) commanded at `now`."""
@@ -63,7 +63,8 @@ class Execution:
             return "not_finite: NaN or infinity"
         if abs(chunk.dt - self.dt) > 1e-9:
             return f"rate: actions {chunk.dt} s apart instead of {self.dt}"
-        if self.now is not None and self.align and chunk.t0 <= self.now.t0:
+        newest = self.next or self.now
+        if newest is not None and self.align and chunk.t0 <= newest.t0:
             return "order: not younger than the plan that is followed"
         if now + self.dt > chunk.t0 + (self.horizon - 1 + self.knot) * self.dt:
             return "late: all of it has passed"
@@ -94,7 +95,9 @@ class Execution:
         plan = Plan.of(chunk.actions[None]) if old is None else take_over(old.plan, chunk.actions[None], (t0 - old.t0) / self.dt, self.merge, decay=self.decay)
         new = Following(plan, t0, np.concatenate([anchor[None], plan.actions[0]]))
         self.next = None
-        if self.merge in CONTINUES and before is not None and now > self.committed_to + 1e-9:
+        late = now > self.promises.get(round(chunk.t0, 6), math.inf) + 1e-9
+        self.promises = {t: until for t, until in self.promises.items() if t > chunk.t0}
+        if late and before is not None:
             self.counts["overruns"] += 1
             self.next = new
             self.meet(now)
@@ -107,7 +110,8 @@ class Execution:
         """Let a plan that came too late take over as soon as it is near the one that is followed, at the latest when that one ends."""
         if self.next is None:
             return
-        gap = np.abs(self._at(self.next, np.array([now]))[0] - self.target(np.array([now]))[0]) / self.step
+        soon = np.array([now, now + self.dt / 2])  # at one place and going the same way
+        gap = np.abs(self._at(self.next, soon)[0] - self.target(soon)[0]) / self.step
         if gap.max() < 0.1 or not self.covers(now, now + 2 * self.dt):
             self.now, self.next = self.next, None
 
@@ -145,7 +149,7 @@ class Execution:
         committed = min(p, self.most, needed)
         if committed < needed:
             self.counts["under_committed"] += 1
-        self.committed_to = t_obs + delay
+        self.promises[round(t_obs, 6)] = t_obs + delay
         return ahead[0, :p], committed
 
     def due(self, now: float) -> bool:

@@ -4,6 +4,7 @@ The event loop never plans (policy.serve.desk) and never waits for one client to
 """
 import asyncio
 import contextlib
+import errno
 import hmac
 import ipaddress
 import logging
@@ -74,7 +75,12 @@ class PlannerServer:
 
     def run(self, ready: Callable[[str], None] = print) -> None:
         """Serve until SIGTERM or SIGINT; ready(line) once plans are quick. ValueError, OSError when it cannot be."""
-        asyncio.run(self._until_signal(ready))
+        try:
+            asyncio.run(self._until_signal(ready))
+        except OSError as e:
+            if e.errno != errno.EADDRINUSE:
+                raise
+            raise OSError(f"port {self.port} of {self.host} is taken: choose another with port=…, or 0 for any free one") from e
 
     async def _until_signal(self, ready: Callable[[str], None]) -> None:
         ended = asyncio.Event()
