@@ -25,7 +25,7 @@ from tests.serve.small import ACTIONS, asked, small
 pytest.importorskip("onnxscript", reason="pip install 'dipole[export]'")
 pytest.importorskip("onnxruntime", reason="pip install 'dipole[onnx]'")
 
-pytestmark = pytest.mark.slow  # OpenVINO's threads and a training in the same process end in a segmentation fault: make realtime trains none
+pytestmark = pytest.mark.slow  # OpenVINO's threads and a training in the same process end in a segmentation fault; make realtime and make all give it its own
 ROOT = Path(__file__).parents[2]
 CASES = {  # an odd horizon each; what a path, a target or an encoder brings into the graphs
     "unet1d": {"net": "unet1d", "horizon": 7, "width": 5}, "told": {"net": "unet1d", "horizon": 6, "rtc": 3, "path": Linear(), "target": "flow"},
