@@ -17,12 +17,13 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from policy.serve.robot import DriverError
 from scripts import sweep
 from scripts.cli import missing
 
 FULL = "HYDRA_FULL_ERROR"
 EXTRAS = {"joblib": "sweep", "submitit": "slurm", "ray": "ray"}  # of pyproject.toml, by hydra's launcher
-MISTAKES = (ValueError, KeyError, OSError, NotImplementedError, HydraException, OmegaConfBaseException)
+MISTAKES = (DriverError, ValueError, KeyError, OSError, NotImplementedError, HydraException, OmegaConfBaseException)
 
 
 def verb(name: str, of_run: Sequence[str] = ()) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
