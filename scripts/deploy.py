@@ -54,7 +54,7 @@ def make_bridge(cfg: DictConfig, robot: RobotSpec, driver: Any, client: PlannerC
     if asked["merge"] not in card.merges:
         raise ValueError(f"control.merge={asked['merge']} is not offered by this policy; it has {', '.join(card.merges)}"
                          + (". Train with train.rtc=true for prefix" if asked["merge"] == "prefix" else ""))
-    execution = Execution(robot, card.horizon, card.dt, most=card.committed or None, **asked)
+    execution = Execution(robot, card.horizon, card.dt, most=card.committed, **asked)
     return Bridge(driver, client, robot, execution, obs=card.obs, history=card.t_obs, settings=settings, journal=journal)
 
 
@@ -67,9 +67,9 @@ def episodes(bridge: Bridge, cfg: DictConfig, count: int, on_done: Any = lambda 
         bridge.connect()  # its watchdog has tripped since the last one
         bridge.begin(bridge.driver.reset(seed))
         start, events = time.monotonic(), len(bridge.journal.events)
-        found = bridge.run(cfg.seconds or SIMULATED, until=won, priority=cfg.realtime.priority, cpu=cfg.realtime.cpu)
+        bridge.run(cfg.seconds or SIMULATED, until=won, priority=cfg.realtime.priority, cpu=cfg.realtime.cpu)
         success = bridge.state is not None and won(bridge.state)
-        rows.append({"seed": seed, "success": success, "seconds": round(time.monotonic() - start, 2), "missed": found.get("missed"),
+        rows.append({"seed": seed, "success": success, "seconds": round(time.monotonic() - start, 2),
                      "modes": sorted({e["mode"] for e in list(bridge.journal.events)[events:] if e["event"] == "mode"})})
         on_done(rows)
         if bridge.supervisor.mode == "STOP":
@@ -116,7 +116,7 @@ def demo(cfg: DictConfig) -> dict[str, Any]:
         bridge.connect()
         with View(bridge, console=console) if cfg.view and console.is_terminal else nullcontext():
             rows = episodes(bridge, cfg, cfg.episodes)
-        facts = journal.finish({**bridge.counts, **bridge.execution.counts}, bridge.limiter)
+        facts = bridge.facts()
         model = client.wait_ready().model_id
     facts |= {"robot": robot.name, "model_id": model, "episodes": rows, "merge": bridge.execution.merge, "delay": cfg.delay}
     page = deploy_page.write(folder, facts, journal, robot, cfg.robot)
@@ -148,7 +148,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
                 task = progress.add_task(name, total=cfg.episodes, note="")
                 rows = episodes(bridge, cfg, cfg.episodes, lambda rows: progress.update(task, completed=len(rows),  # noqa: B023
                                                                                         note=f"{sum(r['success'] for r in rows)} won"))
-            facts = journal.finish({**bridge.counts, **bridge.execution.counts}, bridge.limiter)
+            facts = bridge.facts()
         wins = sum(r["success"] for r in rows)
         taken = sum(r["seconds"] for r in rows if r["success"]) / max(1, wins)
         table.append({"delay": delay, "aligned": not control, "merge": bridge.execution.merge, "episodes": len(rows), "success": wins / len(rows),
@@ -180,7 +180,7 @@ def soak(cfg: DictConfig) -> dict[str, Any]:
             wins, count = wins + row["success"], count + 1
             memory.append({"s": round(spent, 1), **{name: serving.resident(pid) for name, pid in pids.items()}})
             progress.update(task, completed=int(spent), note=f"{wins} of {count} won")
-        facts = journal.finish({**bridge.counts, **bridge.execution.counts}, bridge.limiter)
+        facts = bridge.facts()
     third = max(1, len(memory) // 3)
     growth = {name: float(np.median([m[name] for m in memory[-third:]]) - np.median([m[name] for m in memory[third: 2 * third]])) for name in pids}
     save_json(folder / "soak.json", {"minutes": cfg.minutes, "episodes": count, "success": wins / count, "growth_mb": growth, "memory": memory, **facts})

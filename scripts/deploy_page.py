@@ -85,7 +85,7 @@ def timeline(out: Path, journal: Journal, robot: RobotSpec) -> None:
         axes[0].plot([start, landed], [y, y], color="#c6ccd2", lw=5, solid_capstyle="butt")
         axes[0].plot([landed, end], [y, y], color="#2563eb", lw=5, alpha=0.75, solid_capstyle="butt")
         axes[0].plot([start], [y], "|", color="#1b1f24", ms=9)
-    axes[0].set(yticks=[], ylabel="chunks", title="observed |, planned and sent (grey), in force until the next or the end (blue)")
+    axes[0].set(yticks=[], ylabel="chunks", title="observed |, planned and sent (grey), then as far as it reaches (blue)")
     for mode, colour in COLOURS.items():
         axes[1].fill_between(t[keep], 0, 1, where=(a["mode"] == mode)[keep], step="post", color=colour, label=mode, lw=0)
     axes[1].set(yticks=[], ylabel="mode", ylim=(0, 1))

@@ -17,29 +17,15 @@ from policy.serve.card import Backend
 from policy.serve.export import export, write_card
 from policy.serve.fastplan import FastPlan
 from policy.serve.measure import PARITY, SENSITIVE, parity, race
-from policy.train import checkpoint
 from policy.train.log import console
 from scripts import common
 from scripts.cli import words_to_overrides
 from scripts.export_page import show, write_page
+from scripts.serve import policy_of
 from scripts.verb import verb
 
 FREE = {"run", "format", "checkpoint", "precision", "out", "observations", "rounds", "sampler", "guide", "control", "trust", "threads", "data"}
 Rows = dict[str, dict[str, Any]]
-
-
-def policy_of(cfg: DictConfig, folder: Path) -> tuple[PlannerBackend, dict[str, Any]]:
-    """The checkpoint drawing plans as cfg says, and what checkpoint.build makes it of."""
-    planner, facts = checkpoint.load(folder, cfg.checkpoint, trust=list(cfg.trust))
-    sampler, guides, control = common.plain(cfg.sampler), common.guide_config(cfg), common.plain(cfg.control)
-    planner.set_sampler(**checkpoint.sampling(sampler, list(cfg.trust)))
-    planner.set_guides(checkpoint.guides(guides, list(cfg.trust)))
-    config = {**facts["planner"], "sampler": sampler, "guides": guides}
-    origin = {"run": folder.resolve().name, "checkpoint": cfg.checkpoint, "step": facts["step"],
-              "control": {k: control[k] for k in ("execute", "merge") if k in control}, "sampler": sampler,
-              "dipole": checkpoint.versions()["dipole"], "command": common.command()}
-    options = {k: control[k] for k in ("warm", "limit", "prior") if k in control}
-    return PlannerBackend(planner, {**config, "precision": cfg.precision}, facts=origin, **options), config
 
 
 def observations(cfg: DictConfig, policy: PlannerBackend) -> tuple[list[dict[str, np.ndarray]], str]:
@@ -93,7 +79,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     cfg = common.of_run(cfg, folder)
     torch.set_num_threads(cfg.threads)
     out = Path(cfg.out) if cfg.out else folder / "export" / cfg.format
-    policy, config = policy_of(cfg, folder)
+    policy, config = policy_of(cfg, folder, command=common.command())
     with replaced(out) as part:
         card = export(policy, config, part, format=cfg.format, precision=cfg.precision)
         backend = load(part, threads=cfg.threads, trust=list(cfg.trust))

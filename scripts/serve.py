@@ -1,6 +1,5 @@
 """Serve a trained planner to robots over a websocket: dipole serve run=outputs/gantry port=8765."""
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from policy.serve.packing import Limits
 from policy.serve.server import PlannerServer, Service
 from policy.train import checkpoint
 from policy.train.log import console
-from scripts import common
+from scripts import common, serving
 from scripts.cli import words_to_overrides
 from scripts.verb import verb
 
@@ -25,31 +24,31 @@ PLANS = ("warm", "limit", "prior")  # of control: how the planner goes on from w
 ADVICE = ("execute", "merge")       # of control: for bridges, in the card
 
 
-def trained(cfg: DictConfig, folder: Path) -> Backend:
-    """The checkpoint of a run, drawing plans as cfg says."""
-    if cfg.precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision={cfg.precision} is unknown; use fp32 or bf16")
-    planner, facts = checkpoint.load(folder, cfg.checkpoint, device=str(checkpoint.pick_device(cfg.device)), trust=list(cfg.trust))
+def policy_of(cfg: DictConfig, folder: Path, device: str = "cpu", **origin: Any) -> tuple[PlannerBackend, dict[str, Any]]:
+    """The checkpoint of a run drawing plans as cfg says, and what checkpoint.build makes it of.   origin: what else its card says of where it comes from."""
+    planner, facts = checkpoint.load(folder, cfg.checkpoint, device=device, trust=list(cfg.trust))
     sampler, guides, control = common.plain(cfg.sampler), common.guide_config(cfg), common.plain(cfg.control)
     planner.set_sampler(**checkpoint.sampling(sampler, list(cfg.trust)))
     planner.set_guides(checkpoint.guides(guides, list(cfg.trust)))
-    origin = {"run": folder.resolve().name, "checkpoint": cfg.checkpoint, "step": facts["step"], "calls": planner.calls, "precision": cfg.precision,
-              "dipole": checkpoint.versions()["dipole"], "control": {k: control[k] for k in ADVICE if k in control}}
-    backend = PlannerBackend(planner, {**facts["planner"], "sampler": sampler, "guides": guides, "precision": cfg.precision}, facts=origin,
-                             **{k: control[k] for k in PLANS if k in control})
+    config = {**facts["planner"], "sampler": sampler, "guides": guides}
+    origin = {"run": folder.resolve().name, "checkpoint": cfg.checkpoint, "step": facts["step"], "dipole": checkpoint.versions()["dipole"],
+              "control": {k: control[k] for k in ADVICE if k in control}, "sampler": sampler, "calls": planner.calls, "precision": cfg.precision, **origin}
+    return PlannerBackend(planner, {**config, "precision": cfg.precision}, facts=origin, **{k: control[k] for k in PLANS if k in control}), config
+
+
+def trained(cfg: DictConfig, folder: Path) -> Backend:
+    """policy_of, as quick as asked."""
+    if cfg.precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision={cfg.precision} is unknown; use fp32 or bf16")
+    backend, _ = policy_of(cfg, folder, str(checkpoint.pick_device(cfg.device)))
     if cfg.precision == "bf16":
-        planner.denoiser.net = quick(planner.denoiser.net)
+        backend.planner.denoiser.net = quick(backend.planner.denoiser.net)
     if not cfg.fast or cfg.precision == "bf16":
         return backend
     fast = FastPlan(backend)
     if fast.lacks:
         log.info("plans are made the ordinary way: %s", fast.lacks)
     return fast
-
-
-def secret(file: str | None) -> str | None:
-    """The token in the file, else in DIPOLE_TOKEN; None without either."""
-    return Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("DIPOLE_TOKEN") or None
 
 
 def backend_of(cfg: DictConfig) -> Backend:
@@ -76,7 +75,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     backend = backend_of(cfg)
     if cfg.delay:
         backend = Delayed(backend, cfg.delay)
-    server = PlannerServer(backend, host=cfg.host, port=cfg.port, token=secret(cfg.token_file), tls=(cfg.tls.cert, cfg.tls.key) if cfg.tls.cert else None,
+    server = PlannerServer(backend, host=cfg.host, port=cfg.port, token=serving.token(cfg.token_file),
+                           tls=(cfg.tls.cert, cfg.tls.key) if cfg.tls.cert else None,
                            insecure=cfg.insecure, openpi=cfg.openpi, limits=Limits(bytes=cfg.limits.bytes), service=Service(connections=cfg.limits.connections))
     server.run(lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
     return {}

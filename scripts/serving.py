@@ -22,7 +22,7 @@ READY = re.compile(r"wss?://[\w.:\[\]-]+")
 
 def token(file: str | None) -> str | None:
     """From the file, else the environment's DIPOLE_TOKEN; None when there is neither."""
-    return Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("DIPOLE_TOKEN")
+    return Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("DIPOLE_TOKEN") or None
 
 
 def misfit(card: Card, robot: RobotSpec) -> str:

@@ -95,9 +95,7 @@ class Bridge:
         self.execution.forget()
         self.limiter.reset(np.asarray(state.info.get("commanded", state.q), float))
         self.rejected, self.behind, self.asked, self.answered, self.sent = 0, 0, -math.inf, True, math.nan
-        if self.supervisor.mode is not Mode.STOP:
-            self.supervisor.mode, self.supervisor.since, self.supervisor.reason = Mode.HOLD, -math.inf, "waiting for the first plan"
-            self.supervisor.fault = ""
+        self.supervisor.restart()
 
     def rearm(self, timeout: float = 5.0) -> None:
         """Somebody has looked: STOP -> HOLD, from where the robot stands now. ValueError when it is not stopped, DriverError when it cannot be reached."""
@@ -107,7 +105,7 @@ class Bridge:
         self._say("rearmed")
 
     def run(self, seconds: float = math.inf, until: Callable[[RobotState], bool] = lambda state: False, *, priority: int | None = 10,
-            cpu: int | None = None, on_tick: Callable[["Bridge"], None] = lambda bridge: None) -> dict[str, Any]:
+            cpu: int | None = None) -> dict[str, Any]:
         """Control until `until` is true of a state, `seconds` have passed or the robot is stopped; then brake to rest. What the journal measured.
 
         priority: SCHED_FIFO priority to ask for, None for an ordinary thread.
@@ -119,7 +117,6 @@ class Bridge:
             for deadline, late in realtime.ticks(self.robot.rate):
                 ending = ending or deadline - start >= seconds or (self.state is not None and until(self.state))
                 self.tick(deadline, late, ending=ending)
-                on_tick(self)
                 if (count := count + 1) % max(1, round(TIDY * self.robot.rate)) == 0:
                     realtime.tidy(deadline + self.period)
                 if self.supervisor.mode is Mode.STOP or (ending and self.limiter.at_rest):
@@ -130,6 +127,10 @@ class Bridge:
         finally:
             if priority is not None:
                 realtime.release()
+        return self.facts()
+
+    def facts(self) -> dict[str, Any]:
+        """What the journal measured since it was started, in numbers."""
         return self.journal.finish({**self.counts, **self.execution.counts}, self.limiter)
 
     def tick(self, now: float, late: float = 0.0, *, ending: bool = False) -> None:

@@ -50,7 +50,6 @@ class FastPlan:
             actions: np.ndarray = normalizer.decode({"action": x})["action"].float().cpu().numpy()
         return kept(actions, known, committed, merge)
 
-
     def _noises(self, noise: np.ndarray | None, draws: int) -> Tensor:
         """(1 + draws, t, d), of which the given one fixes the others as it does for PlannerBackend."""
         first = torch.randn(self.size) if noise is None else torch.from_numpy(np.array(noise, np.float32))

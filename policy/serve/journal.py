@@ -14,7 +14,7 @@ from policy.serve.robot import RobotSpec, RobotState
 
 
 class Journal:
-    """path: JSON lines, one object each: events (mode, refused, chunk, …) and once a second the counters.   keep: s of ticks kept in memory."""
+    """path: JSON lines, one object each: events (mode, refused, chunk, …), and once a second mode and lateness.   keep: s of ticks kept in memory."""
 
     def __init__(self, path: Path | str | None = None, *, keep: float = 600.0):
         self.path, self.keep = None if path is None else Path(path), keep
@@ -57,7 +57,7 @@ class Journal:
             self._lines.put({"t": round(now, 3), "event": "second", "mode": str(mode), "late_ms": round(1e3 * late, 3)})
 
     def finish(self, counts: dict[str, int], limiter: Any) -> dict[str, Any]:
-        """The run in numbers: lateness, modes, delays, seams, peak commanded velocity, acceleration and jerk in shares of the limits."""
+        """The run in numbers: lateness, share of each mode, planning and round-trip times, delays, seams, counts."""
         rows = list(self.ticks)
         out: dict[str, Any] = {"ticks": len(rows), "counts": dict(counts), "obtained": self.obtained, "interventions": limiter.interventions}
         if rows and self.robot is not None:

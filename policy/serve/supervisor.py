@@ -18,11 +18,16 @@ class Supervisor:
     Whatever brakes comes to rest before it goes on. `reason` says what caused the present mode.
     """
 
+    since: float
+    reason: str
+    fault: str
+
     def __init__(self, *, patience: float = math.inf, hold: float = 30.0):
         if not patience >= 0 or not hold > 0:
             raise ValueError(f"patience={patience} must not be negative and hold={hold} be above 0 seconds")
         self.patience, self.hold = patience, hold
-        self.mode, self.since, self.reason, self.fault = Mode.HOLD, -math.inf, "waiting for the first plan", ""
+        self.mode = Mode.HOLD
+        self.restart()
 
     def update(self, now: float, *, covered: bool, overdue: str = "", at_rest: bool = True, fault: str = "") -> Mode:
         """The mode for the coming period.
@@ -58,6 +63,11 @@ class Supervisor:
                 if self.patience == 0:
                     self._go(Mode.BRAKE, now, overdue)
         return self.mode
+
+    def restart(self) -> None:
+        """HOLD and nothing wrong, as at first; a STOP stays one."""
+        if self.mode is not Mode.STOP:
+            self.mode, self.since, self.reason, self.fault = Mode.HOLD, -math.inf, "waiting for the first plan", ""
 
     def rearm(self, now: float) -> None:
         """STOP -> HOLD, by somebody who has looked. ValueError in any other mode."""
