@@ -78,7 +78,7 @@ def said(e: Exception, name: str) -> str:
     """The last line of a command that ends with this exception; '' when it is a bug."""
     if isinstance(e, ImportError):
         line = missing(e.name, name)
-        return f"dipole {name} needs {e.name}, which is not installed: {line}" if line else f"error: {e}" if "pip install" in str(e) else ""
+        return f"dipole {shown(name)} needs {e.name}, which is not installed: {line}" if line else f"error: {e}" if "pip install" in str(e) else ""
     return f"error: {text}" if isinstance(e, MISTAKES) and (text := told(e, name)) else ""
 
 
@@ -90,9 +90,11 @@ def told(e: BaseException, name: str) -> str:
             return f"{cause.name} is not installed: {line}"
         return told(cause, name) if isinstance(cause, MISTAKES) else first_lines(e) if isinstance(cause, TypeError | ImportError | AttributeError) else ""
     if isinstance(e, MissingMandatoryValue):
-        return f"{e.full_key} has no value: add {e.full_key}=…; `dipole {name} --help` shows commands"
+        return f"{e.full_key} has no value: add {e.full_key}=…; `dipole {shown(name)} --help` shows commands"
     if launcher := re.search(r"Could not find 'hydra/launcher/(joblib|submitit|ray)", str(e)):
         return f"there is no launcher {launcher[1]} yet: pip install 'dipole[{EXTRAS[launcher[1]]}]'"
+    if absent := re.search(r"Could not find '([\w/]+)/([^/']+)'\s+Available options in '.*?':\s*(.*)", str(e), re.DOTALL):
+        return no_choice(absent[1], absent[2], absent[3].split("\nConfig search path")[0].split())
     if unknown := re.match(r"Could not override '([^']+)'", str(e)):
         return no_setting(unknown[1], name)
     if isinstance(e, KeyError) and not isinstance(e, OmegaConfBaseException) and e.args:
@@ -100,9 +102,20 @@ def told(e: BaseException, name: str) -> str:
     return first_lines(e)
 
 
+def shown(name: str) -> str:
+    """A configuration's name as its command is typed: data_convert -> data convert."""
+    return name.replace("data_", "data ")
+
+
 def first_lines(e: BaseException) -> str:
     """The message without what hydra and omegaconf add about themselves."""
     return re.split(r"\n(?:Config search path:|\s*full_key: |See https://hydra)", str(e))[0].strip() or type(e).__name__
+
+
+def no_choice(group: str, choice: str, known: Sequence[str]) -> str:
+    """What a group has instead of a misspelt choice."""
+    close = difflib.get_close_matches(choice, known, n=1)
+    return f"there is no {group}={choice}. " + (f"Did you mean {group}={close[0]}? " if close else "") + f"Known: {', '.join(known)}"
 
 
 def no_setting(key: str, name: str) -> str:
@@ -113,11 +126,11 @@ def no_setting(key: str, name: str) -> str:
     with hydra.initialize_config_module("conf", version_base=None):
         plain: Any = OmegaConf.to_container(hydra.compose(name, return_hydra_config=True))
     known = [*settings({k: v for k, v in plain.items() if k != "hydra"}), *plain["hydra"]["runtime"]["choices"]]
-    close = difflib.get_close_matches(key, known, n=2)
-    parent = key.rpartition(".")[0]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.9) or difflib.get_close_matches(key, known, n=2)  # a slip of one letter is no riddle
+    parent = OmegaConf.select(OmegaConf.create(plain), key.rpartition(".")[0]) if "." in key else None
     return (f"there is no setting {key!r}. " + (f"Did you mean {' or '.join(close)}? " if close else "") +
-            (f"An argument of its class that conf/ leaves out is added with +{key}=…. " if parent in known else "") +
-            f"`dipole {name} --help` lists all")
+            (f"An argument of its class that conf/ leaves out is added with +{key}=…. " if isinstance(parent, DictConfig) and "_target_" in parent else "") +
+            f"`dipole {shown(name)} --help` lists all")
 
 
 def settings(node: Any, prefix: str = "") -> Iterator[str]:

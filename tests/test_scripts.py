@@ -219,9 +219,9 @@ def test_eval_films_failures_first(shell, run):
     assert (shell.folder / "film" / video["file"]).stat().st_size > 1000 and not video["success"]
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "collect", "data"])
+@pytest.mark.parametrize("verb", ["train", "eval", "collect", "data info"])
 def test_help_shows_three_commands(shell, verb):
-    done = shell(verb, "--help")
+    done = shell(*verb.split(), "--help")
     assert done.code == 0 and len([line for line in done.out.splitlines() if line.startswith(f"  dipole {verb} ")]) >= 3
 
 

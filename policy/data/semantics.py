@@ -1,0 +1,49 @@
+"""What the numbers of an action mean, kept with the data (attribute `action` of a store) and looked at by validation, transforms and exports."""
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+KINDS = ("unknown", "absolute", "delta", "velocity", "effort")
+SPACES = ("unknown", "joint", "ee", "base", "image")
+ROTATIONS = ("axis_angle", "quaternion_xyzw", "quaternion_wxyz", "matrix", "rotation_6d", "euler_xyz")
+WIDTHS = {"axis_angle": 3, "quaternion_xyzw": 4, "quaternion_wxyz": 4, "matrix": 9, "rotation_6d": 6, "euler_xyz": 3}
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """How to read an action (d,).
+
+    kind: absolute, a target for what `of` measures; delta, a change to it in one step; velocity; effort; unknown.
+    space: joint, ee (end effector), base (a vehicle), image (pixels), unknown.
+    of, of_take: stored key, and its channels (null: all), that an absolute action commands or a delta adds to: as wide as the parts but the gripper.
+    rotation: representation of the part `rotation`, one of ROTATIONS.   parts {name: channels of the action}: position, rotation, gripper, joints, …
+    text: one sentence for people.   ValueError when a word is unknown.
+    """
+    kind: str = "unknown"
+    space: str = "unknown"
+    of: str | None = None
+    of_take: tuple[int, ...] | None = None
+    rotation: str | None = None
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("kind", self.kind, KINDS), ("space", self.space, SPACES), ("rotation", self.rotation, (None, *ROTATIONS))):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} of an action is unknown; use one of {', '.join(map(str, known))}")
+        turning = list(self.parts.get("rotation", ()))
+        if self.rotation and len(turning) != WIDTHS[self.rotation]:
+            raise ValueError(f"rotation={self.rotation} has {WIDTHS[self.rotation]} channels: name them in parts.rotation, got {turning}")
+        object.__setattr__(self, "of_take", None if self.of_take is None else tuple(int(i) for i in self.of_take))
+        object.__setattr__(self, "parts", {k: tuple(int(i) for i in v) for k, v in self.parts.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, d: Mapping[str, Any] | None) -> "Semantics":
+        """Of a store's attrs.get("action"); unknown where there is none. ValueError names an argument that does not exist."""
+        d = dict(d or {})
+        if wrong := sorted(set(d) - set(cls.__dataclass_fields__)):
+            raise ValueError(f"{', '.join(wrong)} says nothing about an action; use {', '.join(cls.__dataclass_fields__)}")
+        return cls(**d)
