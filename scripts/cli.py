@@ -15,7 +15,9 @@ HERE = Path(__file__).parent
 TAKES_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
                "--experimental-rerun", "--info", "-i"}  # hydra's options whose next word is not ours
 TAKES_FOLDERS = {"compare": "runs"}  # tasks whose further bare words are this list
+PARTS = ("command", "policy", "client")  # extras that others are made of
 OWN_EXTRA = ("serve", "deploy", "export")  # verbs with an extra of their own in pyproject.toml; the others want all
+IMPORTED_AS = {"hydra": "hydra-core", "omegaconf": "hydra-core"}  # modules of packages with another name
 LAUNCHERS = {"slurm": "submitit_slurm", "local": "submitit_local"}
 
 
@@ -89,16 +91,15 @@ def usage() -> str:
 def missing(module: str | None, verb: str = "") -> str:
     """The pip line for a module that a verb could not import, or '' when it is none of ours."""
     name = re.sub(r"[-_.]+", "-", (module or "").partition(".")[0]).lower()
+    name, extras = IMPORTED_AS.get(name, name), dict[str, set[str]]()
     for need in importlib.metadata.requires("dipole") or []:
         extra = re.search(r"extra == ['\"](\w+)['\"]", need)
-        if re.match(r"[\w-]+", need)[0].lower() == name:  # type: ignore[index]
-            return f"pip install 'dipole[{_whole(extra[1], verb)}]'" if extra else "pip install --upgrade dipole"
-    return ""
-
-
-def _whole(extra: str, verb: str) -> str:
-    """Where the common parts are missing, the extra that has all a verb needs."""
-    return extra if extra not in ("command", "policy", "client") else verb if verb in OWN_EXTRA else "all"
+        extras.setdefault(extra[1] if extra else "", set()).add(re.match(r"[\w-]+", need)[0].lower())  # type: ignore[index]
+    found = [extra for extra, needs in extras.items() if name in needs]
+    if "" in found or not found:
+        return "pip install --upgrade dipole" if found else ""
+    own = min(found, key=lambda extra: len(extras[extra]))  # the one that is meant; others include it
+    return f"pip install 'dipole[{verb if verb in OWN_EXTRA and verb in found else 'all' if own in (*PARTS, *OWN_EXTRA) else own}]'"
 
 
 def main() -> None:
@@ -117,10 +118,10 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))  # last, so that it hides nothing: modules of one's own that trust=[…] names
     try:
         module = importlib.import_module(f"scripts.{verb}")
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if not (line := missing(error.name, verb)):
             raise
-        raise SystemExit(f"dipole {verb} needs {error.name}, which is not installed: {line}") from error
+        raise SystemExit(f"dipole {verb} needs {(error.name or '').partition('.')[0]}, which is not installed: {line}") from error
     module.main()
 
 

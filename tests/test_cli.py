@@ -72,3 +72,20 @@ def test_a_missing_extra_names_its_pip_line(monkeypatch):
     assert cli.missing("imageio_ffmpeg._io") == "pip install 'dipole[train]'"
     assert cli.missing("rich.table") == "pip install --upgrade dipole"
     assert cli.missing("a_typo_of_ours") == "" and cli.missing(None) == ""
+
+
+def test_of_the_extras_that_have_a_module_the_verbs_own_is_named(monkeypatch):
+    """An installed package lists an extra's extras one by one; hydra is hydra-core on PyPI."""
+    extras = {"all": ["hydra-core", "msgpack", "mujoco", "ruckig"], "client": ["msgpack"], "command": ["hydra-core"], "deploy": ["hydra-core", "msgpack", "ruckig"],
+              "sim": ["hydra-core", "msgpack", "mujoco"]}
+    monkeypatch.setattr(cli.importlib.metadata, "requires", lambda name: [f'{need}>=1; extra == "{extra}"' for extra, needs in extras.items() for need in needs])
+    lines = {module: (cli.missing(module, "deploy"), cli.missing(module, "train")) for module in ("hydra.utils", "msgpack", "ruckig", "mujoco")}
+    deploy, everything, sim = (f"pip install 'dipole[{extra}]'" for extra in ("deploy", "all", "sim"))
+    assert lines == {"hydra.utils": (deploy, everything), "msgpack": (deploy, everything), "ruckig": (deploy, everything), "mujoco": (sim, sim)}
+
+
+@pytest.mark.parametrize("module", ["hydra", "ruckig"])
+def test_a_verb_without_its_extra_ends_in_one_line(module):
+    code = f"import sys; sys.modules[{module!r}] = None; sys.argv = ['dipole', 'deploy', 'robot=gantry']; from scripts import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"dipole deploy needs {module}, which is not installed: pip install 'dipole[deploy]'\n"
