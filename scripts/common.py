@@ -1,7 +1,6 @@
 """What the verbs share: the run folder, the configuration a run was trained with, environments, videos, the result's files."""
 import json
 import os
-import re
 import shlex
 import time
 from collections.abc import Collection, Sequence
@@ -28,25 +27,11 @@ from policy.train import checkpoint
 from policy.train.log import bar, console
 from policy.types import Spec
 from scripts import films, sweep
+from scripts.settings import command, key_of, overrides, plain, whole
 
 LEARNED = ("padding_loss", "obs_noise", "cond_drop", "normalize", "t_obs", "horizon", "data", "train", "density", "formalism", "teacher")
 NOT_RECORDED = ("max_steps", "workers", "timeout", "meshes")  # settings that change nothing in what an expert shows
 PLANNER = ("encoder", "net", "schedule", "denoiser", "objective", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
-
-
-def plain(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True)
-
-
-def overrides() -> list[str]:
-    """What was typed; scripts.verb lets hydra take a setting that only the run's own configuration has, by ++."""
-    return [o.removeprefix("++") for o in HydraConfig.get().overrides.task]
-
-
-def whole(least: int, **settings: Any) -> None:
-    """ValueError when one of the settings {name: value} is no whole number from `least`."""
-    if wrong := [f"{name}={value!r}" for name, value in settings.items() if type(value) is not int or value < least]:
-        raise ValueError(f"{wrong[0]} must be a whole number from {least}")
 
 
 def new_run(cfg: DictConfig) -> Path:
@@ -99,11 +84,6 @@ def remembered(before: Sequence[str], now: Sequence[str], groups: Collection[str
 def _trained_with(folder: Path) -> list[str]:
     path = folder / "overrides.json"
     return json.loads(path.read_text()) if path.exists() else []
-
-
-def key_of(override: str) -> str:
-    """The configuration's node an override is about: `+net.widths=[8]` -> net."""
-    return override.lstrip("+~").split("=")[0].split(".")[0].split("/")[0].split("@")[0]
 
 
 def write_start(folder: Path, cfg: DictConfig, said: Sequence[str] | None = None) -> None:
@@ -286,11 +266,6 @@ def result_line(metrics: dict[str, Any]) -> str:
             + (f", {len(metrics['faults'])} of them broke off" if metrics["faults"] else "")
             + (f", {'enough for' if until['reached'] else 'not yet'} ± {until['half_width']:.1%}" if until else "")
             + ("" if plan is None else f"; one plan {plan:.1f} ms"))
-
-
-def command() -> str:
-    """What to type to do this again, from the same folder; `dipole eval` and `python scripts/eval.py` are the same."""
-    return shlex.join(["dipole", str(HydraConfig.get().job.config_name), *(re.sub(r"='([\w./+-]+)'$", r"=\1", o) for o in overrides())])
 
 
 def finish(folder: Path, line: str) -> None:
