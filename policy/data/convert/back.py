@@ -1,0 +1,52 @@
+"""What the writers of other formats share: a store's episodes under the names, shapes and dtypes they came with."""
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from policy.data.convert.keep import read_keep
+from policy.data.convert.source import Episode
+from policy.data.store import Schema, Store
+
+
+@dataclass
+class Origin:
+    """names {stored key: name in the format}; schema of what is written, under those names; keep of the source.
+
+    came: whether the store was converted from this very format, so that names and keep are those it had.   notes: stored keys that are not written, and why.
+    """
+    store: Store
+    came: bool
+    names: dict[str, str]
+    schema: Schema
+    keep: dict[str, Any]
+    empty: Schema
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, store: Store, format: str, *, obs: str = "", action: str = "action") -> "Origin":
+        """obs: goes before the names of a store that came from elsewhere, all but the action, which is called `action`."""
+        info = store.attrs.get("source") or {}
+        came = info.get("format") == format
+        back = {stored: name for name, stored in info.get("keys", {}).items()} if came else {}
+        names = {k: back[k] for k in store.keys if k in back} if came else {k: action if k == "action" else obs + k for k in store.keys}
+        notes = [f"{k} was made by the conversion, not by the source, and is not written back" for k in store.keys if k not in names]
+        dtypes = info.get("dtypes", {}) if came else {}
+        schema = {names[k]: (shape, np.dtype(dtypes.get(names[k], dtype))) for k, (shape, dtype) in store.schema.items() if k in names}
+        empty = {k: (tuple(s), np.dtype(d)) for k, (s, d) in info.get("empty", {}).items()} if came else {}
+        return cls(store, came, names, schema, read_keep(store) if came else {}, empty, notes)
+
+    def episode(self, i: int) -> Episode:
+        """{name: (n, *shape)} of episode i, keys of no channels included."""
+        lo, hi = self.store.span(i)
+        found = {name: self.store.read(key, lo, hi).astype(self.schema[name][1], copy=False) for key, name in self.names.items()}
+        return {**found, **{name: np.zeros((hi - lo, *shape), dtype) for name, (shape, dtype) in self.empty.items()}}
+
+    def episodes(self) -> Iterator[Episode]:
+        return (self.episode(i) for i in range(self.store.episodes))
+
+    def of_episode(self, i: int) -> dict[str, Any]:
+        """What the source said about episode i; {} where it said nothing or the episode was changed since."""
+        each = self.keep.get("episodes", [])
+        return each[i] or {} if len(each) == self.store.episodes else {}

@@ -1,0 +1,149 @@
+"""Another format into the store, episode by episode, and a store into another format. `dipole data convert` is this on the command line."""
+import importlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from policy.data.convert.keep import write_keep
+from policy.data.convert.mapping import Rules
+from policy.data.convert.plan import Plan
+from policy.data.convert.source import Source
+from policy.data.files import DataError
+from policy.data.store import Store
+
+FORMATS = ("npz",)  # modules of this package; the first line of each says what it looks for
+BATCH_BYTES = 2**26  # episodes are gathered up to this size and written together
+PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
+Progress = Callable[[int, int, int], None]  # episodes done, of how many, steps done
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What convert did.   keys {source name: stored name}; notes: what was left out and why."""
+    path: Path
+    format: str
+    episodes: int
+    steps: int
+    keys: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def module(name: str) -> ModuleType:
+    if name not in FORMATS:
+        raise ValueError(f"format={name!r} is unknown; use one of {', '.join(FORMATS)}")
+    return importlib.import_module(f"policy.data.convert.{name}")
+
+
+def detect(path: Path | str) -> str:
+    """The one format that path is.   DataError says what was looked for when there is none, and which when there are several."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist. Check src=…")
+    if path.suffix in PICKLED:
+        raise DataError(f"{path} is pickled, and unpickling a file runs whatever program it holds, so dipole does not. Load it where you trust it and save "
+                        "its arrays with numpy.savez (observations, actions, episode_ends), then convert that")
+    found = [name for name in FORMATS if module(name).detects(path)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{path} can be read as {' and as '.join(found)}: say which with format=…")
+    looked = "".join(f"\n  {name}: {(module(name).__doc__ or '').partition(chr(10))[0]}" for name in FORMATS)
+    raise DataError(f"{path} is no format that is known here. Looked for:{looked}")
+
+
+def open_source(path: Path | str, format: str | None = None, **options: Any) -> Source:
+    """A foreign dataset, read only as far as to know what is in it.   options: of the format's `read`, ValueError for others."""
+    name = format or detect(path)
+    reader = module(name)
+    if not Path(path).exists():
+        raise DataError(f"{path} does not exist. Check src=…")
+    known = reader.read.__code__.co_varnames[1:reader.read.__code__.co_argcount + reader.read.__code__.co_kwonlyargcount]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"format {name} has no option {unknown[0]!r}" + (f"; it has {', '.join(known)}" if known else "; it has none"))
+    return reader.read(Path(path), **options)
+
+
+def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, Any] | Path | str | None = None, progress: Progress | None = None,
+            **entries: Any) -> Converted:
+    """src in another format -> a store at dst; or, where src is a store, dst in another format (`format`, by default the one it came from).
+
+    mapping and entries: see policy.data.convert.mapping; entries (fps=20, keys={…}) win.   dst appears when it is complete, and is never overwritten.
+    """
+    src, dst, rules = Path(src), Path(dst), Rules.of(mapping).but(**entries)
+    if dst.exists():
+        raise DataError(f"{dst} exists and is not overwritten. Choose another dst=…, or remove it yourself")
+    if is_store(src) and not (rules.format and module(rules.format).detects(src)):
+        return _back(src, dst, rules)
+    source = open_source(src, rules.format, **rules.options)
+    plan = Plan.of(source, rules)
+    with _beside(dst) as part:
+        store = Store.create(part, plan.schema, fps=plan.fps, units=plan.units, action_semantics=plan.semantics.text or None, attrs=plan.attrs)
+        _fill(store, source, plan, progress)
+        write_keep(part, plan.keep())
+        return Converted(dst, source.format, store.episodes, store.steps, plan.names, tuple([*source.notes, *plan.notes]))
+
+
+def is_store(path: Path) -> bool:
+    """Whether dipole wrote it; others' zarr is a format to convert from."""
+    try:
+        return path.exists() and "action_semantics" in Store.open(path).attrs
+    except DataError:
+        return False
+
+
+def _back(src: Path, dst: Path, rules: Rules) -> Converted:
+    store = Store.open(src)
+    name = rules.format or (store.attrs.get("source") or {}).get("format")
+    if not name:
+        raise DataError(f"{src} is a store of dipole already. To write it in another format name that: format=… ({', '.join(writers())})")
+    if name not in writers():
+        raise DataError(f"{name} is read but not written. Write one of: format=… ({', '.join(writers())})")
+    with _beside(dst) as part:
+        notes = module(name).write(store, part) or ()
+    return Converted(dst, name, store.episodes, store.steps, {}, tuple(notes))
+
+
+def writers() -> list[str]:
+    return [name for name in FORMATS if hasattr(module(name), "write")]
+
+
+class _beside:
+    """A path in a folder of its own beside dst, moved to dst at the end: dst exists entirely or not at all."""
+
+    def __init__(self, dst: Path):
+        self.dst = dst
+
+    def __enter__(self) -> Path:
+        self.dst.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.dst.name}.", dir=self.dst.parent))
+        return self.folder / self.dst.name
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                if self.dst.exists():  # made meanwhile; rename would replace a file
+                    raise DataError(f"{self.dst} appeared while it was being written, and is not overwritten. Choose another dst=…")
+                (self.folder / self.dst.name).rename(self.dst)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _fill(store: Store, source: Source, plan: Plan, progress: Progress | None) -> None:
+    batch, size = [], 0
+    for i, episode in enumerate(source.episodes()):
+        stored = plan.episode(episode, i)
+        if stored is not None:
+            batch.append(stored)
+            size += sum(x.nbytes for x in stored.values())
+        if size >= BATCH_BYTES:
+            store.extend(batch)
+            batch, size = [], 0
+        if progress:
+            progress(i + 1, source.count, store.steps + sum(len(next(iter(e.values()))) for e in batch))
+    store.extend(batch)
+    if not store.episodes:
+        raise DataError(f"{source.path} holds no episode with a step in it, so there is nothing to convert")
