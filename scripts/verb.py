@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import hydra
@@ -19,7 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from policy.serve.robot import DriverError
 from scripts import sweep
-from scripts.cli import missing
+from scripts.cli import ends_at_once, missing
 
 FULL = "HYDRA_FULL_ERROR"
 EXTRAS = {"joblib": "sweep", "submitit": "slurm", "ray": "ray"}  # of pyproject.toml, by hydra's launcher
@@ -35,9 +36,11 @@ def verb(name: str, of_run: Sequence[str] = ()) -> Callable[[Callable[[DictConfi
     """
     def wrap(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         compose = hydra.main(version_base=None, config_path="pkg://conf", config_name=name)
+        composing = ExitStack()
 
         @functools.wraps(main)
         def quiet(cfg: DictConfig) -> None:
+            composing.close()
             try:
                 main(cfg)
             except Exception as e:
@@ -56,6 +59,8 @@ def verb(name: str, of_run: Sequence[str] = ()) -> Callable[[Callable[[DictConfi
             sys.argv[1:] = [f"++{arg}" if arg.startswith(tuple(f"{node}." for node in of_run)) else arg for arg in sys.argv[1:]]
             with sweep.table(folder := sweep.asked(name, sys.argv[1:])):
                 try:
+                    if not folder:
+                        composing.enter_context(ends_at_once())
                     compose(job if folder else main if full else quiet)()
                 except HydraException as e:
                     if full or not (text := told(e, name)):
@@ -88,7 +93,9 @@ def told(e: BaseException, name: str) -> str:
         cause = e.__cause__
         if isinstance(cause, ImportError) and (line := missing(cause.name, name)):
             return f"{cause.name} is not installed: {line}"
-        return told(cause, name) if isinstance(cause, MISTAKES) else first_lines(e) if isinstance(cause, TypeError | ImportError | AttributeError) else ""
+        if isinstance(cause, MISTAKES):
+            return told(cause, name)
+        return " ".join(first_lines(e).split()) if isinstance(cause, TypeError | ImportError | AttributeError) else ""
     if isinstance(e, MissingMandatoryValue):
         return f"{e.full_key} has no value: add {e.full_key}=…; `dipole {shown(name)} --help` shows commands"
     if launcher := re.search(r"Could not find 'hydra/launcher/(joblib|submitit|ray)", str(e)):

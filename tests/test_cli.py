@@ -76,9 +76,10 @@ def test_a_missing_extra_names_its_pip_line(monkeypatch):
 
 def test_of_the_extras_that_have_a_module_the_verbs_own_is_named(monkeypatch):
     """An installed package lists an extra's extras one by one; hydra is hydra-core on PyPI."""
-    extras = {"all": ["hydra-core", "msgpack", "mujoco", "ruckig"], "client": ["msgpack"], "command": ["hydra-core"], "deploy": ["hydra-core", "msgpack", "ruckig"],
-              "sim": ["hydra-core", "msgpack", "mujoco"]}
-    monkeypatch.setattr(cli.importlib.metadata, "requires", lambda name: [f'{need}>=1; extra == "{extra}"' for extra, needs in extras.items() for need in needs])
+    extras = {"all": ["hydra-core", "msgpack", "mujoco", "ruckig"], "client": ["msgpack"], "command": ["hydra-core"],
+              "deploy": ["hydra-core", "msgpack", "ruckig"], "sim": ["hydra-core", "msgpack", "mujoco"]}
+    requires = [f'{need}>=1; extra == "{extra}"' for extra, needs in extras.items() for need in needs]
+    monkeypatch.setattr(cli.importlib.metadata, "requires", lambda name: requires)
     lines = {module: (cli.missing(module, "deploy"), cli.missing(module, "train")) for module in ("hydra.utils", "msgpack", "ruckig", "mujoco")}
     deploy, everything, sim = (f"pip install 'dipole[{extra}]'" for extra in ("deploy", "all", "sim"))
     assert lines == {"hydra.utils": (deploy, everything), "msgpack": (deploy, everything), "ruckig": (deploy, everything), "mujoco": (sim, sim)}
