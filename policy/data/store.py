@@ -43,7 +43,7 @@ class Store:
         if not self._arrays:
             raise DataError(f"{files.path}: there is nothing under data/. A dataset has data/<key> (N, …) for each observation and action")
         self.attrs = files.attrs()
-        self._ends = _committed_ends(files)
+        self._ends, self._pending = _committed_ends(files), 0  # frames written behind the last episode's end
         self._check()
 
     @classmethod
@@ -166,19 +166,49 @@ class Store:
 
     def extend(self, episodes: Iterable[Mapping[str, np.ndarray]]) -> None:
         """Add several episodes in one write per key: about as fast for 50 as `append` is for one."""
-        if not self._files.writable:
-            raise DataError(f"{self.path} is open for reading. Store.open(path, mode='a') appends")
         episodes = [self._checked(e, self.episodes + i) for i, e in enumerate(episodes)]
         if not episodes:
             return
+        self._writing()
+        if self._pending:
+            raise DataError(f"{self.path}: an episode of {self._pending} frames is being written. commit() or discard() it first")
+        try:
+            self._put({key: np.concatenate([e[key] for e in episodes]) for key in self._arrays})
+            self._commit(np.concatenate([self._ends, self.steps + np.cumsum([len(next(iter(e.values()))) for e in episodes])]))
+        finally:
+            self._pending = 0
+
+    def write(self, frames: Mapping[str, np.ndarray]) -> None:
+        """Put down the next frames {key: (n, *shape)} of an episode that goes on: invisible until `commit`. Long episodes need no memory so."""
+        self._writing()
+        self._put(self._checked(frames, self.episodes))
+
+    def commit(self) -> None:
+        """The frames written since the last episode are one now. DataError when there are none."""
+        if not self._pending:
+            raise DataError(f"{self.path}: an episode needs at least one frame, none was written")
+        self._writing()
+        self._commit(np.append(self._ends, self.steps + self._pending))
+        self._pending = 0
+
+    def discard(self) -> None:
+        """Forget the frames written since the last episode."""
+        self._pending = 0
+
+    def _put(self, frames: Mapping[str, np.ndarray]) -> None:
+        lo = self.steps + self._pending
+        n = len(next(iter(frames.values())))
+        for key, array in self._arrays.items():
+            array.resize((lo + n, *array.shape[1:]))
+            array[lo:] = frames[key]
+        self._pending += n
+
+    def _writing(self) -> None:
+        if not self._files.writable:
+            raise DataError(f"{self.path} is open for reading. Store.open(path, mode='a') appends")
         if len(on_disk := _committed_ends(self._files)) != self.episodes:
             raise DataError(f"{self.path} has {len(on_disk)} episodes on disk, this writer knows {self.episodes}: another process "
                             "writes to it. Stop that one, or record into separate datasets")
-        start, ends = self.steps, self.steps + np.cumsum([len(next(iter(e.values()))) for e in episodes])
-        for key, array in self._arrays.items():
-            array.resize((int(ends[-1]), *array.shape[1:]))
-            array[start:] = np.concatenate([e[key] for e in episodes])
-        self._commit(np.concatenate([self._ends, ends]))
 
     def _commit(self, ends: np.ndarray) -> None:
         """Make episodes visible: one file per step, the first entry of a new file alone, so that a kill never looks like a lost file."""
