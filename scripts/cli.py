@@ -7,8 +7,13 @@ import ast
 import difflib
 import importlib
 import importlib.metadata
+import os
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -102,13 +107,27 @@ def missing(module: str | None, verb: str = "") -> str:
     return f"pip install 'dipole[{verb if verb in OWN_EXTRA and verb in found else 'all' if own in (*PARTS, *OWN_EXTRA) else own}]'"
 
 
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """Ctrl-C inside ends the process quietly: where there is nothing to clean up yet, and libraries make riddles of a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main() -> None:
     verb, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if verb in ("--help", "-h", "help"):
         return print(usage(), end="")
     if verb == "--version":
         return print("dipole", importlib.metadata.version("dipole"))
-    known = verbs()
+    with ends_at_once():
+        known = verbs()
     if verb not in known:
         close = difflib.get_close_matches(verb, known, n=1)
         hint = f"Did you mean `dipole {close[0]}`?" if close else f"Known: {', '.join(known)}."
@@ -117,7 +136,8 @@ def main() -> None:
     sys.argv = [f"dipole {verb}", *words_to_overrides(rest)]
     sys.path.append(str(Path.cwd()))  # last, so that it hides nothing: modules of one's own that trust=[…] names
     try:
-        module = importlib.import_module(f"scripts.{verb}")
+        with ends_at_once():
+            module = importlib.import_module(f"scripts.{verb}")
     except ImportError as error:
         if not (line := missing(error.name, verb)):
             raise

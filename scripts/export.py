@@ -21,7 +21,7 @@ from policy.train.log import console
 from scripts import common
 from scripts.cli import words_to_overrides
 from scripts.export_page import show, write_page
-from scripts.serve import policy_of
+from scripts.policies import policy_of
 from scripts.verb import verb
 
 FREE = {"run", "format", "checkpoint", "precision", "out", "observations", "rounds", "sampler", "guide", "control", "trust", "threads", "data"}

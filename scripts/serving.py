@@ -21,8 +21,14 @@ READY = re.compile(r"wss?://[\w.:\[\]-]+")
 
 
 def token(file: str | None) -> str | None:
-    """From the file, else the environment's DIPOLE_TOKEN; None when there is neither."""
-    return Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get("DIPOLE_TOKEN") or None
+    """From the file, else the environment's DIPOLE_TOKEN; None when there is neither. ValueError when the file cannot be read."""
+    if not file:
+        return os.environ.get("DIPOLE_TOKEN") or None
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it is no text"
+        raise ValueError(f"token_file={file} cannot be read: {why}. Make one: python -c 'import secrets; print(secrets.token_urlsafe())' > {file}") from e
 
 
 def misfit(card: Card, robot: RobotSpec) -> str:

@@ -59,7 +59,7 @@ def verb(name: str, of_run: Sequence[str] = ()) -> Callable[[Callable[[DictConfi
             sys.argv[1:] = [f"++{arg}" if arg.startswith(tuple(f"{node}." for node in of_run)) else arg for arg in sys.argv[1:]]
             with sweep.table(folder := sweep.asked(name, sys.argv[1:])):
                 try:
-                    if not folder:
+                    if not folder and not full:
                         composing.enter_context(ends_at_once())
                     compose(job if folder else main if full else quiet)()
                 except HydraException as e:

@@ -1,7 +1,6 @@
 """A trained planner as policy.serve.card.Backend: one robot's observation in, one chunk out, numpy on both sides."""
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from policy.planner import Planner
-from policy.serve.card import Backend, Card
+from policy.serve.card import Card
 from policy.timeline import MERGES
 
 
@@ -70,14 +69,3 @@ def trained_range(planner: Planner) -> tuple[tuple[float, ...], tuple[float, ...
     unit = torch.ones(1, 1, planner.spec.action_dim, device=next(planner.normalizer.buffers()).device)
     low, high = (planner.normalizer.decode({"action": sign * unit})["action"].flatten().tolist() for sign in (-1, 1))
     return tuple(low), tuple(high)
-
-
-class Delayed:
-    """A backend whose plans take `seconds` longer, to see what a slower one does."""
-
-    def __init__(self, backend: Backend, seconds: float):
-        self.backend, self.seconds, self.card = backend, seconds, backend.card
-
-    def plan(self, obs: Mapping[str, np.ndarray], **request: Any) -> np.ndarray:
-        time.sleep(self.seconds)
-        return self.backend.plan(obs, **request)

@@ -1,4 +1,5 @@
 """What a served or exported policy says about itself, and the one call behind which torch, ONNX, OpenVINO and a distant server look alike."""
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -53,3 +54,14 @@ class Backend(Protocol):
         noise: (horizon, d) standard normal, drawn when absent.   prefix: (p, d) physical actions already promised from that moment on, the first
         `committed` of which are going to be executed whatever the plan says; merge says what is made of them (policy.timeline.MERGES).
         """
+
+
+class Delayed:
+    """A backend whose plans take `seconds` longer, to see what a slower one does."""
+
+    def __init__(self, backend: Backend, seconds: float):
+        self.backend, self.seconds, self.card = backend, seconds, backend.card
+
+    def plan(self, obs: Mapping[str, np.ndarray], **request: Any) -> np.ndarray:
+        time.sleep(self.seconds)
+        return self.backend.plan(obs, **request)

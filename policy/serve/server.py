@@ -4,12 +4,9 @@ The event loop never plans (policy.serve.desk) and never waits for one client to
 """
 import asyncio
 import contextlib
-import errno
 import hmac
-import ipaddress
 import logging
 import signal
-import ssl
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,12 +22,12 @@ from websockets.http11 import Request, Response
 from policy.serve import openpi
 from policy.serve.card import Backend
 from policy.serve.desk import Desk, Place, Plan
+from policy.serve.entrance import Entrance
 from policy.serve.metrics import Metrics
 from policy.serve.packing import Limits, WireError
 from policy.serve.receive import receive
 from policy.serve.wire import Err, Hello, Message, Observation, Planned, fit, pack, unpack
 
-TOKEN_LENGTH = 16  # characters at least
 SILENT = logging.Logger("dipole.websockets", logging.CRITICAL + 1)  # strangers must not fill the log
 
 
@@ -49,19 +46,12 @@ class Service:
 
 
 class PlannerServer:
-    """backend: what plans.   token: what clients must know.   tls: files of certificate and key.   insecure: other computers may come without TLS, through
-    a tunnel.   openpi: whether `/` speaks it.   ValueError when that would let strangers in.
-    """
+    """backend: what plans.   entrance: where it listens and who comes in.   openpi: whether `/` speaks it."""
 
-    def __init__(self, backend: Backend, *, host: str = "127.0.0.1", port: int = 0, token: str | None = None, tls: tuple[str, str] | None = None,
-                 insecure: bool = False, openpi: bool = True, limits: Limits | None = None, service: Service | None = None):
-        check_exposure(host, token, tls is not None, insecure)
-        self.backend, self.host, self.port, self.token, self.openpi = backend, host, port, token, openpi
-        self.limits, self.service = limits or Limits(), service or Service()
-        self.tls: ssl.SSLContext | None = None
-        if tls is not None:
-            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self.tls.load_cert_chain(*tls)
+    def __init__(self, backend: Backend, entrance: Entrance | None = None, *, openpi: bool = True, limits: Limits | None = None,
+                 service: Service | None = None):
+        self.backend, self.entrance, self.openpi = backend, entrance or Entrance(), openpi
+        self.port, self.limits, self.service = self.entrance.port, limits or Limits(), service or Service()
         self.metrics = Metrics(backend.card.model_id)
         self.hello = pack(Hello(backend.card, self.limits.bytes))
         unpack(self.hello)  # a card that clients would refuse is refused here
@@ -70,23 +60,18 @@ class PlannerServer:
 
     @property
     def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'wss' if self.tls else 'ws'}://{host}:{self.port}"
+        host = f"[{self.entrance.host}]" if ":" in self.entrance.host else self.entrance.host
+        return f"{'wss' if self.entrance.tls else 'ws'}://{host}:{self.port}"
 
     def run(self, ready: Callable[[str], None] = print) -> None:
-        """Serve until SIGTERM or SIGINT; ready(line) once plans are quick. ValueError, OSError when it cannot be."""
-        try:
-            asyncio.run(self._until_signal(ready))
-        except OSError as e:
-            if e.errno != errno.EADDRINUSE:
-                raise
-            raise OSError(f"port {self.port} of {self.host} is taken: choose another with port=…, or 0 for any free one") from e
+        """Serve until SIGTERM or SIGINT; ready(line) once plans are quick. ValueError, OSError when it cannot be, KeyboardInterrupt on SIGINT before that."""
+        asyncio.run(self._until_signal(ready))
 
     async def _until_signal(self, ready: Callable[[str], None]) -> None:
         ended = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, ended.set)
         async with self.serving():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, ended.set)
             ready(f"ready {self.url} {describe(self.backend.card)}")
             await ended.wait()
 
@@ -101,9 +86,11 @@ class PlannerServer:
             planner = asyncio.create_task(self.desk.run())
             options: dict[str, Any] = {
                 "open_timeout": s.open, "ping_interval": s.ping, "ping_timeout": s.pong, "close_timeout": s.send, "max_size": self.limits.bytes,
-                "max_queue": 2, "write_limit": 2**16, "compression": None, "origins": [None], "server_header": None, "logger": SILENT, "ssl": self.tls,
+                "max_queue": 2, "write_limit": 2**16, "compression": None, "origins": [None], "server_header": None, "logger": SILENT, "ssl": self.entrance.tls,
                 "create_connection": self._connection}
-            async with serve(self._talk, self.host, self.port, process_request=self._gate, **options) as server:
+            async with contextlib.AsyncExitStack() as stack:
+                with self.entrance.told():
+                    server = await stack.enter_async_context(serve(self._talk, self.entrance.host, self.port, process_request=self._gate, **options))
                 self.port = next(iter(server.sockets)).getsockname()[1]
                 yield self
         finally:
@@ -119,7 +106,7 @@ class PlannerServer:
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return connection.respond(HTTPStatus.OK, "ok\n")
-        if self.token is not None and not authorised(request.headers, self.token):
+        if self.entrance.token is not None and not authorised(request.headers, self.entrance.token):
             self.metrics.refused.labels("token").inc()
             return connection.respond(HTTPStatus.UNAUTHORIZED, "this planner wants its token: Authorization: Bearer TOKEN\n")
         if path == "/metrics":
@@ -227,24 +214,6 @@ class Budget:
         """Count an error; whether it was one too many."""
         self.times.append(time.monotonic())
         return len(self.times) == self.times.maxlen and self.times[-1] - self.times[0] < 1
-
-
-def check_exposure(host: str, token: str | None, tls: bool, insecure: bool) -> None:
-    """ValueError when other computers could reach the planner without a token, or could read along."""
-    if token is not None and (len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token):
-        raise ValueError(f"a token has at least {TOKEN_LENGTH} ASCII characters and no spaces. "
-                         "Make one: python -c 'import secrets; print(secrets.token_urlsafe())'")
-    try:
-        near = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        near = False
-    if near:
-        return
-    if token is None:
-        raise ValueError(f"host={host} lets other computers in, so clients need a token: put one in DIPOLE_TOKEN or token_file=…, or use host=127.0.0.1")
-    if not tls and not insecure:
-        raise ValueError(f"host={host} lets other computers in, and without TLS they read along: give tls.cert=… tls.key=…; "
-                         "or say insecure=true where a tunnel (ssh, WireGuard) encrypts")
 
 
 def authorised(headers: Headers, token: str) -> bool:

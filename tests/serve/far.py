@@ -84,7 +84,7 @@ class Far:
 
 @contextlib.contextmanager
 def toy_server(*, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[Far]:
-    """PlannerServer(Toy(plan_ms), **options) in a process; `service` and `limits` are dicts, `card` changes the toy's; planner=PATH serves planner_of."""
+    """PlannerServer(Toy(plan_ms), Entrance(…), **options) in a process; `service`, `limits` are dicts, `card` changes the toy's; planner=PATH: planner_of."""
     far = Far([sys.executable, "-m", "tests.serve.far", repr(options)], env)
     try:
         yield far
@@ -110,6 +110,13 @@ def planner_of(path: str) -> Any:
     return planner
 
 
+def certificate(folder: Path) -> tuple[str, str]:
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=planner",
+                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return str(cert), str(key)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -118,6 +125,7 @@ def free_port() -> int:
 
 
 def main(text: str) -> None:
+    from policy.serve.entrance import Entrance
     from policy.serve.packing import Limits
     from policy.serve.server import PlannerServer, Service
     options = ast.literal_eval(text)
@@ -126,7 +134,8 @@ def main(text: str) -> None:
         from policy.serve.backend import PlannerBackend
         backend = PlannerBackend(planner_of(path))
     service, limits = Service(**options.pop("service", {})), Limits(**options.pop("limits", {}))
-    PlannerServer(backend, service=service, limits=limits, **options).run(lambda line: print(line, flush=True))
+    entrance = Entrance(**{k: options.pop(k) for k in ("host", "port", "token", "tls", "insecure") if k in options})
+    PlannerServer(backend, entrance, service=service, limits=limits, **options).run(lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import torch
 
 from policy.diffusion.samplers import first_order
 from policy.nets.fast import quick
-from policy.serve.backend import Delayed, PlannerBackend, model_id
+from policy.serve.backend import PlannerBackend, model_id
+from policy.serve.card import Delayed
 from policy.serve.packing import WireError
 from policy.serve.wire import Observation, fit
 from tests.helpers import CONFIG, make_data, make_planner, make_store

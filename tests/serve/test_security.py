@@ -6,9 +6,7 @@ import shutil
 import signal
 import socket
 import ssl
-import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +20,7 @@ from websockets.sync.client import connect
 from policy.serve.client import PlannerClient, PlannerError, Timeouts
 from policy.serve.packing import CODES
 from policy.serve.wire import Err, Planned
-from tests.serve.far import ROOT, Far, obs, toy_server
+from tests.serve.far import ROOT, Far, certificate, obs, toy_server
 from tests.serve.test_server import ask, dial, hear, http
 
 TOKEN = "correct-horse-battery-staple"
@@ -120,13 +118,6 @@ def test_a_web_page_cannot_use_a_planner_on_the_same_computer(server):
 def test_a_start_that_would_let_strangers_in_fails(options):
     with pytest.raises(RuntimeError, match="lets other computers in"), toy_server(**options):
         pass
-
-
-def certificate(folder: Path) -> tuple[str, str]:
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=planner",
-                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert], check=True, capture_output=True)
-    return str(cert), str(key)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")

@@ -1,6 +1,10 @@
 """`dipole serve` as it is typed: what it serves, how it ends, and what a slip is answered with."""
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -66,11 +70,29 @@ def test_it_serves_the_plans_of_the_run(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("argv, words", [
     ([], ["run=FOLDER", "artifact=FOLDER"]), (["run=nowhere"], ["nowhere", "config.yaml"]), (["do=something", "run=x"], ["something"]),
-    (["run={run}", "precision=fp8"], ["fp8"]), (["run={run}", "host=0.0.0.0"], ["token", "DIPOLE_TOKEN"]), (["run={run}", "port=-1"], ["port=-1"]),
+    (["run={run}", "precision=fp8"], ["fp8"]), (["run={run}", "host=0.0.0.0"], ["TLS", "insecure=true"]), (["run={run}", "port=-1"], ["port=-1"]),
+    (["run={run}", "port=99999"], ["port=99999", "65535"]), (["run={run}", "port={taken}"], ["{taken} of 127.0.0.1 is taken", "port=…"]),
+    (["run={run}", "host=nowhere.invalid", "insecure=true"], ["host=nowhere.invalid is no name or address"]),
+    (["run={run}", "tls.cert=/nowhere.pem", "tls.key=/no.pem"], ["tls.cert=/nowhere.pem is no file"]),
+    (["run={run}", "insecure=no"], ["insecure=no", "true or false"]), (["run={run}", "delay=soon"], ["delay='soon'"]),
     (["run={run}", "tls.cert=x"], ["tls.key"]), (["run={run}", "prot=1"], ["port"]), (["run={run}", "token_file=/nowhere"], ["/nowhere"]),
     (["artifact={run}", "sampler.steps=3"], ["sampler"]), (["run={run}", "checkpoint=policy_7"], ["policy_7"])])
 def test_a_slip_is_answered_with_what_to_do(run, argv, words):
-    command = [sys.executable, "-m", "scripts.cli", "serve", *(a.format(run=run) for a in argv)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        names = {"run": run, "taken": s.getsockname()[1]}
+        command = [sys.executable, "-m", "scripts.cli", "serve", *(a.format(**names) for a in argv)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, "DIPOLE_TOKEN": TOKEN})
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(word.format(**names) in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.6, 1.2, 1.8, 2.4, 3.0, 3.6, 6.0])
+def test_ctrl_c_ends_it_quietly_whatever_it_does(run, after):
+    """130 while it loads, 0 once it serves, and no traceback."""
+    process = subprocess.Popen([sys.executable, "-m", "scripts.cli", "serve", f"run={run}", "port=0", "delay=0.2"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == (0 if "ready" in out else 130) and not err, (out, err)

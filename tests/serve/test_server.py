@@ -17,7 +17,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from policy.serve.client import PlannerClient, PlannerError
 from policy.serve.desk import WARM_UP
-from policy.serve.server import Budget, check_exposure
+from policy.serve.entrance import check_exposure
+from policy.serve.server import Budget
 from policy.serve.wire import Err, Hello, Observation, Planned, pack, unpack
 from tests.serve.far import CARD, Far, obs, toy_server
 
@@ -255,7 +256,7 @@ def test_what_lets_nobody_in_is_allowed(host, token, tls, insecure):
 
 
 def test_a_port_that_is_taken_is_said(quick):
-    with pytest.raises(RuntimeError, match="address already in use"), toy_server(port=quick.port):
+    with pytest.raises(RuntimeError, match="is taken: choose another"), toy_server(port=quick.port):
         pass
 
 

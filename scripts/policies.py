@@ -1,0 +1,48 @@
+"""The policy of a run behind the one call that plans: what serve and export begin with."""
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from policy.nets.fast import quick
+from policy.serve.backend import PlannerBackend
+from policy.serve.card import Backend
+from policy.serve.fastplan import FastPlan
+from policy.train import checkpoint
+from scripts import common
+
+log = logging.getLogger("dipole.serve")
+PLANS = ("warm", "limit", "prior")  # of control: how the planner goes on from what is promised
+ADVICE = ("execute", "merge")       # of control: for bridges, in the card
+
+
+def policy_of(cfg: DictConfig, folder: Path, device: str = "cpu", **origin: Any) -> tuple[PlannerBackend, dict[str, Any]]:
+    """The checkpoint of a run drawing plans as cfg says, and what checkpoint.build makes it of.   origin: what else its card says of where it comes from."""
+    planner, facts = checkpoint.load(folder, cfg.checkpoint, device=device, trust=list(cfg.trust))
+    sampler, guides, control = common.plain(cfg.sampler), common.guide_config(cfg), common.plain(cfg.control)
+    planner.set_sampler(**checkpoint.sampling(sampler, list(cfg.trust)))
+    planner.set_guides(checkpoint.guides(guides, list(cfg.trust)))
+    config = {**facts["planner"], "sampler": sampler, "guides": guides}
+    origin = {"run": folder.resolve().name, "checkpoint": cfg.checkpoint, "step": facts["step"], "dipole": checkpoint.versions()["dipole"],
+              "control": {k: control[k] for k in ADVICE if k in control}, "sampler": sampler, "calls": planner.calls, "precision": cfg.precision, **origin}
+    return PlannerBackend(planner, {**config, "precision": cfg.precision}, facts=origin, **{k: control[k] for k in PLANS if k in control}), config
+
+
+def trained(cfg: DictConfig) -> Backend:
+    """The policy of cfg.run, as quick as asked."""
+    if cfg.precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision={cfg.precision} is unknown; use fp32 or bf16")
+    torch.set_num_threads(cfg.threads)
+    folder = Path(cfg.run)
+    cfg = common.of_run(cfg, folder)
+    backend, _ = policy_of(cfg, folder, str(checkpoint.pick_device(cfg.device)))
+    if cfg.precision == "bf16":
+        backend.planner.denoiser.net = quick(backend.planner.denoiser.net)
+    if not cfg.fast or cfg.precision == "bf16":
+        return backend
+    fast = FastPlan(backend)
+    if fast.lacks:
+        log.info("plans are made the ordinary way: %s", fast.lacks)
+    return fast
