@@ -115,8 +115,18 @@ def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryData
     d = plain(cfg.data)
     store, obs, action = Store.open(d.pop("path"), missing=d.pop("missing", "error")), d.pop("obs"), d.pop("action")
     d.pop("fps", None)
-    obs = obs or {k: k for k in store.keys if k != action}
-    return TrajectoryDataset(store, obs, action, t_obs=cfg.t_obs, horizon=cfg.horizon, split=split, device=device, **d)
+    return TrajectoryDataset(store, observed(store, obs, action), action, t_obs=cfg.t_obs, horizon=cfg.horizon, split=split, device=device, **d)
+
+
+def observed(store: Store, obs: dict[str, Any] | list[str] | None, action: str) -> dict[str, Any]:
+    """data.obs as {name: key or Field's arguments}; where it says nothing the store's attribute `obs`, else every key but the action."""
+    obs = obs or store.attrs.get("obs") or [k for k in store.keys if k != action]
+    return obs if isinstance(obs, dict) else {k: k for k in obs}
+
+
+def held_out(cfg: DictConfig, device: torch.device) -> TrajectoryDataset | None:
+    """The episodes that training does not see; None where there is a single episode or val_ratio is 0."""
+    return dataset(cfg, "val", device) if cfg.data.val_ratio and Store.open(cfg.data.path).episodes > 1 else None
 
 
 def check_settings(cfg: DictConfig) -> None:

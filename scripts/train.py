@@ -28,7 +28,7 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
     """
     torch.set_num_threads(cfg.threads)
     device = checkpoint.pick_device(cfg.device)
-    data, val = (common.dataset(cfg, split, device) for split in ("train", "val"))
+    data, val = common.dataset(cfg, "train", device), common.held_out(cfg, device)
     spec = spec_of(cfg, data.shapes)
     common.check_task(cfg, spec)
     modes = cfg.normalize if isinstance(cfg.normalize, str) else common.plain(cfg.normalize)

@@ -71,19 +71,19 @@ def write(store: Store, path: Path) -> list[str]:
         for key in order:
             with out.open(f"{key}.npy", "w", force_zip64=True) if layout == "npz" else open(path / f"{key}.npy", "wb") as f:
                 if key in small:
-                    npy.write_array(f, small[key], allow_pickle=False)  # type: ignore[arg-type]
+                    npy.write_array(f, small[key], allow_pickle=False)
                     continue
                 shape, dtype = schema[key]
-                npy.write_array_header_2_0(f, {"shape": (store.steps, *shape), "fortran_order": False, "descr": npy.dtype_to_descr(dtype)})  # type: ignore[arg-type]
+                npy.write_array_header_2_0(f, {"shape": (store.steps, *shape), "fortran_order": False, "descr": npy.dtype_to_descr(dtype)})
                 for episode in _one_key(origin, key):
                     f.write(episode.tobytes())
     return origin.notes
 
 
 def _one_key(origin: Origin, key: str) -> Iterator[np.ndarray]:
-    stored = next((s for s, name in origin.names.items() if name == key), None)
-    for i in range(origin.store.episodes if stored else 0):
-        yield origin.store.read(stored, *origin.store.span(i)).astype(origin.schema[key][1], copy=False)
+    for stored in [s for s, name in origin.names.items() if name == key]:  # none for a key of no channels
+        for i in range(origin.store.episodes):
+            yield origin.store.read(stored, *origin.store.span(i)).astype(origin.schema[key][1], copy=False)
 
 
 def _small(origin: Origin) -> dict[str, np.ndarray]:
@@ -215,7 +215,7 @@ class _Arrays:
 
     def whole(self, key: str) -> np.ndarray:
         with self._open(f"{key}.npy") as f:
-            return npy.read_array(f, allow_pickle=False)  # type: ignore[arg-type]
+            return npy.read_array(f, allow_pickle=False)
 
     def rows(self, key: str):
         """A function: the next n rows -> (n, *shape)."""
@@ -238,8 +238,8 @@ class _Arrays:
 
     def _head(self, f: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
         try:
-            version = npy.read_magic(f)  # type: ignore[arg-type]
-            shape, fortran, dtype = npy.read_array_header_1_0(f) if version == (1, 0) else npy.read_array_header_2_0(f)  # type: ignore[arg-type]
+            version = npy.read_magic(f)
+            shape, fortran, dtype = npy.read_array_header_1_0(f) if version == (1, 0) else npy.read_array_header_2_0(f)
         except ValueError as e:
             raise DataError(f"{self.path}: {name} is not a numpy array ({e})") from e
         if dtype.hasobject:
