@@ -1,5 +1,6 @@
 """Another format into the store, episode by episode, and a store into another format. `dipole data convert` is this on the command line."""
 import importlib
+import inspect
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from policy.data.convert.source import Source
 from policy.data.files import DataError
 from policy.data.store import Store
 
-FORMATS = ("npz",)  # modules of this package; the first line of each says what it looks for
+FORMATS = ("npz", "lerobot")  # modules of this package; the first line of each says what it looks for
 BATCH_BYTES = 2**26  # episodes are gathered up to this size and written together
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 Progress = Callable[[int, int, int], None]  # episodes done, of how many, steps done
@@ -61,10 +62,15 @@ def open_source(path: Path | str, format: str | None = None, **options: Any) -> 
     reader = module(name)
     if not Path(path).exists():
         raise DataError(f"{path} does not exist. Check src=…")
-    known = reader.read.__code__.co_varnames[1:reader.read.__code__.co_argcount + reader.read.__code__.co_kwonlyargcount]
+    return reader.read(Path(path), **_allowed(name, reader.read, options))
+
+
+def _allowed(name: str, function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
+    """options, or ValueError for one that function does not take."""
+    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"format {name} has no option {unknown[0]!r}" + (f"; it has {', '.join(known)}" if known else "; it has none"))
-    return reader.read(Path(path), **options)
+    return dict(options)
 
 
 def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, Any] | Path | str | None = None, progress: Progress | None = None,
@@ -103,7 +109,7 @@ def _back(src: Path, dst: Path, rules: Rules) -> Converted:
     if name not in writers():
         raise DataError(f"{name} is read but not written. Write one of: format=… ({', '.join(writers())})")
     with _beside(dst) as part:
-        notes = module(name).write(store, part) or ()
+        notes = module(name).write(store, part, **_allowed(name, module(name).write, rules.options)) or ()
     return Converted(dst, name, store.episodes, store.steps, {}, tuple(notes))
 
 
