@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from policy.data.files import DataError
     from policy.data.normalize import Normalizer
+    from policy.data.record import Recorder
     from policy.data.store import Store, check_finite
     from policy.data.windows import Field, TrajectoryDataset
 
-__all__ = ["DataError", "Field", "Normalizer", "Store", "TrajectoryDataset", "check_finite"]
-HOME = {"DataError": "files", "Field": "windows", "Normalizer": "normalize", "Store": "store", "TrajectoryDataset": "windows", "check_finite": "store"}
+__all__ = ["DataError", "Field", "Normalizer", "Recorder", "Store", "TrajectoryDataset", "check_finite"]
+HOME = {"DataError": "files", "Field": "windows", "Normalizer": "normalize", "Recorder": "record", "Store": "store", "TrajectoryDataset": "windows",
+        "check_finite": "store"}
 
 
 def __getattr__(name: str) -> Any:
