@@ -6,8 +6,17 @@ from typing import Any
 import numpy as np
 
 from policy.data.convert.keep import read_keep
+from policy.data.convert.plan import NO_OBSERVATION
 from policy.data.convert.source import Episode
 from policy.data.store import Schema, Store
+
+
+def observed(store: Store) -> list[str]:
+    """The stored keys that a policy observes by default."""
+    said = store.attrs.get("obs")
+    if said:
+        return list(dict.fromkeys(s if isinstance(s, str) else s["key"] for s in (said.values() if isinstance(said, dict) else said)))
+    return [k for k in store.keys if not NO_OBSERVATION.fullmatch(k)]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from policy.data.convert.source import Source
 from policy.data.files import DataError
 from policy.data.store import Store
 
-FORMATS = ("npz", "lerobot")  # modules of this package; the first line of each says what it looks for
+FORMATS = ("robomimic", "d4rl", "minari", "npz", "lerobot", "rosbag")  # modules of this package; the first line of each says what it looks for
 BATCH_BYTES = 2**26  # episodes are gathered up to this size and written together
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 Progress = Callable[[int, int, int], None]  # episodes done, of how many, steps done
@@ -56,12 +56,17 @@ def detect(path: Path | str) -> str:
     raise DataError(f"{path} is no format that is known here. Looked for:{looked}")
 
 
-def open_source(path: Path | str, format: str | None = None, **options: Any) -> Source:
-    """A foreign dataset, read only as far as to know what is in it.   options: of the format's `read`, ValueError for others."""
+def open_source(path: Path | str, format: str | None = None, *, fps: float | None = None, **options: Any) -> Source:
+    """A foreign dataset, read only as far as to know what is in it.   options: of the format's `read`, ValueError for others.
+
+    fps: the rate to lay it on [Hz], for a format without steps of its own.
+    """
     name = format or detect(path)
     reader = module(name)
     if not Path(path).exists():
         raise DataError(f"{path} does not exist. Check src=…")
+    if fps and "fps" in inspect.signature(reader.read).parameters:
+        options = {"fps": fps, **options}
     return reader.read(Path(path), **_allowed(name, reader.read, options))
 
 
@@ -84,7 +89,7 @@ def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, A
         raise DataError(f"{dst} exists and is not overwritten. Choose another dst=…, or remove it yourself")
     if is_store(src) and not (rules.format and module(rules.format).detects(src)):
         return _back(src, dst, rules)
-    source = open_source(src, rules.format, **rules.options)
+    source = open_source(src, rules.format, **{"fps": rules.fps, **rules.options})
     plan = Plan.of(source, rules)
     with _beside(dst) as part:
         store = Store.create(part, plan.schema, fps=plan.fps, units=plan.units, action_semantics=plan.semantics.text or None, attrs=plan.attrs)

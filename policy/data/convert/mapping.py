@@ -90,9 +90,11 @@ class Rules:
     def but(self, **given: Any) -> "Rules":
         """Entries that are not None replace mine; keys, units, options and skip are added to mine."""
         mine = asdict(self)
-        joined = {k: {**mine[k], **v} if isinstance(mine[k], dict) and k != "obs" and isinstance(v, Mapping) else [*mine[k], *v] if k == "skip" else v
-                  for k, v in given.items() if v is not None}
-        return replace(self, **joined)
+        said: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        said |= {k: {**mine[k], **said[k]} for k in ("keys", "units", "options") if k in said and isinstance(said[k], Mapping)}
+        if not isinstance(said.get("skip", ""), str):
+            said["skip"] = [*mine["skip"], *said["skip"]]
+        return replace(self, **said)
 
     def parts(self, default: Any = None) -> list[Part] | None:
         """The action's parts; None where nothing is said, [] where there is to be no action."""

@@ -49,7 +49,7 @@ class Plan:
         if parts and not one:
             schema["action"] = _composed(source, parts)
         fps, clock = _rate(source, rules)
-        semantics = Semantics.from_json({**source.semantics.to_json(), **(rules.action or {})})
+        semantics = Semantics.from_json({**_meant(source, rules, parts, stored).to_json(), **(rules.action or {})})
         if left := [k for k in source.schema if k not in stored and k not in empty]:
             notes.append(f"left out as asked: {', '.join(left)}")
         plan = cls(source, rules, stored, schema, fps, semantics, {}, {}, [] if one else parts, clock, notes)
@@ -122,6 +122,18 @@ def _action(source: Source, rules: Rules) -> list[Part]:
         if p.take and (not shape or max(p.take) >= shape[-1] or min(p.take) < 0):
             raise ValueError(f"action_from: {p.key!r} has shape {shape} per step, take={list(p.take)} does not fit")
     return parts
+
+
+def _meant(source: Source, rules: Rules, parts: list[Part], stored: Mapping[str, str]) -> Semantics:
+    """What the reader says of its actions, or that others are a measured value some steps later."""
+    if rules.action_from is None:
+        return source.semantics
+    if len(parts) != 1 or not parts[0].shift or parts[0].key not in stored:
+        return Semantics()
+    key, take = stored[parts[0].key], parts[0].take
+    later = f"{parts[0].shift} step{'s' * (parts[0].shift > 1)} later"
+    some = "" if take is None else f"[{take[0]}:{take[-1] + 1}]" if take == tuple(range(take[0], take[-1] + 1)) else f"{list(take)}"
+    return Semantics("absolute", of=key, of_take=take, text=f"{key}{some} {later}")
 
 
 def _composed(source: Source, parts: list[Part]) -> tuple[tuple[int, ...], np.dtype]:

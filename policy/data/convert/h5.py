@@ -1,0 +1,159 @@
+"""What the HDF5 formats share: opening with errors that say what to do, a group's arrays apart into steps and the rest, attributes to and fro.
+
+Only h5py's own numbers and text are read. Its opaque and reference types are refused, so nothing of a file is ever run.
+"""
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from policy.data.files import DataError
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+COMPRESSIONS = ("gzip", "lzf", "szip")
+
+
+def h5py() -> Any:
+    try:
+        import h5py
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError("HDF5 is read by h5py: pip install 'dipole[data]'", name="h5py") from e
+    return h5py
+
+
+def is_hdf5(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as f:
+        return f.read(len(SIGNATURE)) == SIGNATURE
+
+
+def opened(path: Path) -> Any:
+    """The file, for reading.   DataError when it is damaged, or still being written."""
+    try:
+        return h5py().File(path, "r")
+    except OSError as e:
+        raise DataError(f"{path} cannot be opened as HDF5 ({e}). If a recorder still writes it, wait; if it was downloaded or copied, do that again") from e
+
+
+def leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path below group, dataset) of every dataset, in the order of their names."""
+    for name in sorted(group):
+        item = group.get(name)
+        if item is None:
+            raise DataError(f"{group.file.filename}: {group.name}/{name} is a link to a file that is not there. Copy that too, or skip it")
+        if isinstance(item, h5py().Group):
+            yield from leaves(item, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", item
+
+
+def numbers(dataset: Any) -> bool:
+    """Whether it holds plain numbers; text is false, anything else a DataError."""
+    if dataset.dtype.kind in "fiub" and dataset.shape is not None:
+        return True
+    refuse_objects(dataset)
+    return False
+
+
+def refuse_objects(dataset: Any) -> None:
+    dtype = dataset.dtype
+    if dataset.shape is None or dtype.kind in "SUVc" or h5py().check_string_dtype(dtype) is not None:
+        return
+    if dtype.kind == "O":
+        raise DataError(f"{dataset.file.filename}: {dataset.name} holds objects (ragged arrays or references), not one array a step. "
+                        "Remove it from the file (del f[…] in h5py), or write it with a fixed shape")
+
+
+def whole(dataset: Any) -> Any:
+    """A dataset's content as keep.py can hold it: an array of numbers, or text."""
+    refuse_objects(dataset)
+    if dataset.shape is None:
+        return {"__empty__": dataset.dtype.str}
+    text = h5py().check_string_dtype(dataset.dtype)
+    if text is None or text.length is not None:
+        return dataset[()]
+    return {"__text__": _lists(dataset.asstr(errors="surrogateescape")[()]), "encoding": text.encoding}
+
+
+def write_whole(group: Any, name: str, value: Any) -> None:
+    data, dtype = from_kept(value)
+    group.create_dataset(name, data=data, dtype=dtype)
+
+
+def attrs_of(item: Any) -> dict[str, Any]:
+    """{name: value} of a file, group or dataset, as keep.py can hold it."""
+    out: dict[str, Any] = {}
+    for name in item.attrs:
+        try:
+            value = item.attrs[name]
+        except (OSError, TypeError, UnicodeDecodeError) as e:
+            raise DataError(f"{item.file.filename}: the attribute {name!r} of {item.name} cannot be read ({e})") from e
+        if isinstance(value, h5py().Empty):
+            out[name] = {"__empty__": value.dtype.str}
+            continue
+        text = h5py().check_string_dtype(item.attrs.get_id(name).dtype)
+        if text is not None and text.length is None:
+            out[name] = value if isinstance(value, str) and text.encoding == "utf-8" else {"__text__": _lists(value), "encoding": text.encoding}
+        elif np.asarray(value).dtype.hasobject:
+            raise DataError(f"{item.file.filename}: the attribute {name!r} of {item.name} holds objects, which are not read")
+        else:
+            out[name] = value
+    return out
+
+
+def set_attrs(item: Any, attrs: Mapping[str, Any]) -> None:
+    for name, value in attrs.items():
+        data, dtype = from_kept(value)
+        if data is None:
+            item.attrs[name] = h5py().Empty(dtype)
+        else:
+            item.attrs.create(name, data, dtype=dtype)
+
+
+def from_kept(value: Any) -> tuple[Any, Any]:
+    """(data, dtype) for h5py of what attrs_of and whole gave; data None is HDF5's empty."""
+    if isinstance(value, dict) and "__empty__" in value:
+        return h5py().Empty(np.dtype(value["__empty__"])), None
+    if isinstance(value, dict):
+        dtype = h5py().string_dtype(value["encoding"])
+        text = value["__text__"]
+        return (text if isinstance(text, str) else np.array(text, dtype=object)), dtype
+    return (value, h5py().string_dtype()) if isinstance(value, str) else (value, None)
+
+
+def rest(group: Any, found: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
+    """What an episode says beside its rows: its attributes, those below it, and datasets without one row a step."""
+    groups = {"/".join(k.split("/")[:i]) for k in found for i in range(1, k.count("/") + 1)}
+    below = {k: got for k in [*sorted(groups), *found] if (got := attrs_of(group[k]))}
+    return {"attrs": attrs_of(group), "arrays": {k: whole(d) for k, d in found.items() if k not in rows}, "below": below}
+
+
+def write_rest(group: Any, said: Mapping[str, Any]) -> None:
+    for key, value in said.get("arrays", {}).items():
+        write_whole(group, key, value)
+    for key, attrs in {"/": {}, **said.get("below", {})}.items():
+        if key in group:
+            set_attrs(group[key], attrs)
+    set_attrs(group, said.get("attrs", {}))
+
+
+def differs(path: Any, rows: Mapping[str, Any], where: str, first_rows: Mapping[str, Any], first: str) -> DataError:
+    """An episode that has not the keys, shapes and dtypes of the first."""
+    key = sorted(k for k in {*rows, *first_rows} if rows.get(k) != first_rows.get(k))[0]
+    has, wants = (f"{r[key][0]} {r[key][1]} a step" if key in r else "missing" for r in (rows, first_rows))
+    return DataError(f"{path}: {key!r} is {has} in {where} and {wants} in {first}. Every episode needs the same: repair that one, or remove it from the file")
+
+
+def filters(dataset: Any) -> dict[str, Any]:
+    """How it was compressed, to compress it so again: {} for not at all or by a filter that h5py does not bring."""
+    if dataset.compression not in COMPRESSIONS:
+        return {}
+    return {"compression": dataset.compression, "compression_opts": dataset.compression_opts, "shuffle": bool(dataset.shuffle)}
+
+
+def _lists(x: Any) -> Any:
+    if isinstance(x, bytes):
+        return x.decode("utf-8", "surrogateescape")
+    return [_lists(v) for v in x.tolist()] if isinstance(x, np.ndarray) else [_lists(v) for v in x] if isinstance(x, list | tuple) else str(x)
