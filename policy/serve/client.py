@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus, WebSocketException
 from websockets.protocol import State
 
 from policy.serve.card import Card
@@ -26,8 +26,9 @@ from policy.serve.packing import Limits, WireError, sendable
 from policy.serve.receive import receive
 from policy.serve.wire import Err, Hello, Observation, Planned, unpack
 
-__all__ = ["Chunk", "Expect", "PlannerClient", "PlannerError", "Stats", "Timeouts", "WrongRobot"]
+__all__ = ["Chunk", "Expect", "PlannerClient", "PlannerError", "Refused", "Stats", "Timeouts", "WrongRobot"]
 PATH = "/plan"
+FINAL = ("http_401", "http_403", "http_404", "certificate", "no_tls")  # kinds of failure that no waiting mends
 SILENT = logging.Logger("dipole.websockets", logging.CRITICAL + 1)  # a server that is away is counted, not logged twenty times a second
 
 
@@ -45,11 +46,16 @@ class Timeouts:
     last: float = 1.0
 
 
+class Refused(ConnectionError):
+    """What is there lets nobody in who comes like this, and waiting changes nothing: the token, TLS or the address is wrong."""
+
+
 class PlannerClient:
     """submit() observations, latest() chunks; both return at once.
 
     url: ws://HOST:PORT or wss://….   token: what the server was started with.   tls_ca: file of the certificate to trust instead of the system's.
-    expect: what the robot needs; a model that does not offer it is refused: wait_ready() says why, and nothing is sent to it.
+    expect: what the robot needs; a model that does not offer it is refused: wait_ready() says why, and nothing is sent to it. ValueError, OSError when
+    url, token or tls_ca cannot be.
     """
 
     def __init__(self, url: str, *, token: str | None = None, tls_ca: str | None = None, expect: Expect | None = None, limits: Limits | None = None,
@@ -58,11 +64,16 @@ class PlannerClient:
         if scheme not in ("ws", "wss") or not rest.partition("/")[0]:
             raise ValueError(f"url={url!r} must look like ws://HOST:PORT, or wss://HOST:PORT with TLS")
         self.url = url if rest.partition("/")[2] else url.rstrip("/") + PATH
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise ValueError("a token is ASCII without spaces: give the one that the server was started with")
+        if tls_ca and scheme == "ws":
+            raise ValueError(f"tls_ca is for wss://…, and url={url} goes without TLS")
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.tls = ssl.create_default_context(cafile=tls_ca) if scheme == "wss" else None
+        self.tls = trusting(tls_ca) if scheme == "wss" else None
         self.expect, self.limits, self.timeouts = expect or Expect(), limits or Limits(), timeouts or Timeouts()
         self.card: Card | None = None  # of the model that is connected, or was last
-        self.trouble, self.refused = "it has not been tried yet", ""
+        self.refused: WrongRobot | Refused | None  # why whoever waits need not; it is tried on all the same, for servers are started anew
+        self.trouble, self.refused = "it has not been tried yet", None
         self.ledger = Ledger(self.timeouts.stale)
         self._connection: ClientConnection | None = None
         self._loop, self._wake = asyncio.new_event_loop(), asyncio.Event()
@@ -108,7 +119,7 @@ class PlannerClient:
         return self.ledger.latest()
 
     def plan(self, obs: Mapping[str, Any], t_obs: float | None = None, *, timeout: float = 10.0, **request: Any) -> Chunk:
-        """Wait for the connection, submit() and wait for this very chunk. TimeoutError, PlannerError with the reason, WrongRobot."""
+        """Wait for the connection, submit() and wait for this very chunk. PlannerError with the reason; else as wait_ready."""
         self.wait_ready(timeout)
         seq = self.submit(obs, time.monotonic() if t_obs is None else t_obs, **request)
         answer = self.ledger.wait(seq, timeout, lambda: self.refused)
@@ -117,15 +128,15 @@ class PlannerClient:
         if answer is not None:
             raise answer
         if self.refused:
-            raise WrongRobot(self.refused)
+            raise self.refused.with_traceback(None)
         raise TimeoutError(f"{self.url} did not answer within {timeout:g} s: {self.trouble or 'it is connected and silent'}")
 
     def wait_ready(self, timeout: float = 10.0) -> Card:
-        """The model's card once it is connected. WrongRobot when it does not fit, TimeoutError with what went wrong last."""
+        """The model's card once it is connected. TimeoutError with what went wrong last, WrongRobot, Refused at once when waiting changes nothing."""
         with self.ledger.changed:
             self.ledger.changed.wait_for(lambda: self.connected or self.refused, timeout)
         if self.refused:
-            raise WrongRobot(self.refused)
+            raise self.refused.with_traceback(None)
         if self.card is None or not self.connected:
             raise TimeoutError(f"no planner at {self.url} within {timeout:g} s: {self.trouble}")
         return self.card
@@ -160,8 +171,9 @@ class PlannerClient:
             try:
                 await self._once()
             except Exception as e:  # of any kind: nothing that a server or a network does may end this thread
-                kind, text = reason(e)
-                self.trouble, self.refused = text, text if isinstance(e, WrongRobot) else ""
+                kind, text = reason(e, bool(self.headers))
+                self.trouble = text
+                self.refused = e if isinstance(e, WrongRobot) else Refused(f"{self.url}: {text}") if kind in FINAL else None
                 self.ledger.lost(kind, text)
                 with self.ledger.changed:
                     self.ledger.changed.notify_all()
@@ -183,7 +195,7 @@ class PlannerClient:
             if wrong := self.expect.differences(hello.card):
                 raise WrongRobot(f"the model at {self.url} does not fit the robot: {wrong}. Serve the run that was trained for it")
             with self.ledger.changed:
-                self.card, self.trouble, self.refused, self._connection = hello.card, "", "", ws
+                self.card, self.trouble, self.refused, self._connection = hello.card, "", None, ws
                 self.stats.connects += 1
                 self.ledger.changed.notify_all()
             async with asyncio.TaskGroup() as group:
@@ -229,22 +241,41 @@ class PlannerClient:
                 self.stats.rejected["schema"] += 1
 
 
-def reason(e: Exception) -> tuple[str, str]:
-    """Kind of a failed connection, for counting, and what to tell people."""
+def trusting(tls_ca: str | None) -> ssl.SSLContext:
+    """A context that trusts one certificate, or those of the system. ValueError names a file that is none."""
+    try:
+        return ssl.create_default_context(cafile=tls_ca)
+    except OSError as e:
+        raise ValueError(f"tls_ca={tls_ca} is no PEM file of a certificate ({e.strerror or e}): give the server's tls.cert, or the one that signed it") from e
+
+
+def reason(e: Exception, token: bool = False) -> tuple[str, str]:
+    """Kind of a failed connection, for counting, and what to tell people.   token: whether one was given."""
     if isinstance(e, WrongRobot):
         return "wrong_robot", str(e)
     if isinstance(e, InvalidStatus):
         status = e.response.status_code
-        text = {401: "the server wants a token: set DIPOLE_TOKEN to the one it was started with", 503: "the server has no place free"}
+        text = {401: "the server has another token than DIPOLE_TOKEN or token_file=… here" if token else
+                "the server wants a token: set DIPOLE_TOKEN, or token_file=…, to the one it was started with",
+                403: "the server lets nobody in from here (HTTP 403)", 404: "there is a server, but no planner under this path (HTTP 404)",
+                503: "the server has no place free"}
         return f"http_{status}", text.get(status, f"the server answers HTTP {status}; is it a planner?")
     if isinstance(e, WireError):
         return e.code, f"the server's hello cannot be used: {e.text}"
+    if isinstance(e, ssl.SSLCertVerificationError):
+        return "certificate", f"the server's certificate is not trusted ({e.verify_message}): give it, or the one that signed it, as tls_ca"
+    if isinstance(e, ssl.SSLError) and e.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):
+        return "no_tls", "the server speaks no TLS: ws://… instead of wss://…"
+    if isinstance(e, ConnectionResetError | BrokenPipeError | EOFError | ssl.SSLEOFError) or isinstance(e.__cause__, EOFError):
+        return "unreachable", "it hangs up: is it a planner? With TLS it is wss://…, without ws://…"
     if isinstance(e, ssl.SSLError):
-        return "tls", f"TLS failed: {e.reason or e}. Give the certificate it is signed with as tls_ca"
+        return "tls", f"TLS failed: {e.reason or e}"
     if isinstance(e, TimeoutError):
         return "timeout", str(e) or "it does not answer"
     if isinstance(e, ConnectionClosed):
         return "closed", f"the connection was closed ({e.rcvd or e.sent or 'without a word'})"
+    if isinstance(e, InvalidMessage):
+        return "protocol", "what is there speaks no websocket: is it a planner?"
     if isinstance(e, OSError):
-        return "unreachable", str(e.strerror or e)
+        return "unreachable", str(e.strerror or e) or type(e).__name__
     return ("protocol" if isinstance(e, WebSocketException) else type(e).__name__), f"{type(e).__name__}: {e}"

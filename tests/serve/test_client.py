@@ -1,7 +1,10 @@
 """The client against servers that die, hang, come back and lie. It never waits, never repeats, and believes only what it asked for."""
+import contextlib
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +14,7 @@ import pytest
 
 pytest.importorskip("websockets", reason="pip install 'dipole[client]'")
 
-from policy.serve.client import Chunk, Expect, PlannerClient, PlannerError, Timeouts, WrongRobot
+from policy.serve.client import Chunk, Expect, PlannerClient, PlannerError, Refused, Timeouts, WrongRobot
 from policy.serve.ledger import Asked, Ledger
 from policy.serve.packing import Limits, WireError
 from policy.serve.wire import Observation, Planned
@@ -263,6 +266,63 @@ def test_the_right_model_may_come_after_the_wrong_one():
         with toy_server(port=port):
             until(lambda: client.connected)
             assert client.plan(obs(5), timeout=PATIENT).actions[0, 0] == 5
+
+
+TOKENS = "correct-horse-battery-staple", "incorrect-horse-battery-staple"
+
+
+@pytest.mark.parametrize("mine, words", [(TOKENS[1], "has another token than DIPOLE_TOKEN"), (None, "wants a token: set DIPOLE_TOKEN")])
+def test_a_wrong_token_is_told_at_once_and_a_server_that_comes_back_without_one_is_taken(mine, words):
+    port = free_port()
+    with PlannerClient(f"ws://127.0.0.1:{port}", token=mine) as client:
+        with toy_server(port=port, token=TOKENS[0]):
+            start = time.monotonic()
+            for call in (client.wait_ready, lambda t: client.plan(obs(), timeout=t)):
+                with pytest.raises(Refused, match=words):
+                    call(60)
+            assert time.monotonic() - start < 20 and client.stats.sent == 0
+        with toy_server(port=port):
+            until(lambda: client.connected)
+            assert client.plan(obs(5), timeout=PATIENT).actions[0, 0] == 5
+
+
+@pytest.mark.parametrize("answer, error, words", [
+    ("HTTP/1.1 403 Forbidden", Refused, "HTTP 403"), ("HTTP/1.1 404 Not Found", Refused, "no planner under this path"),
+    ("HTTP/1.1 503 Busy", TimeoutError, "no place free"), ("HTTP/1.1 500 Oh", TimeoutError, "is it a planner"),
+    ("SSH-2.0-OpenSSH_9.6", TimeoutError, "speaks no websocket"), ("", TimeoutError, "hangs up")])
+def test_what_waiting_may_mend_is_waited_for_and_nothing_else(answer, error, words):
+    """A server that says one thing to everybody."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def speak() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    with listener.accept()[0] as one:
+                        one.recv(4096)
+                        one.sendall(f"{answer}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode() if answer else b"")
+
+        threading.Thread(target=speak, daemon=True).start()
+        with PlannerClient(f"ws://127.0.0.1:{listener.getsockname()[1]}") as client:
+            start = time.monotonic()
+            with pytest.raises(error, match=words):
+                client.wait_ready(1.0 if error is TimeoutError else 60)
+            assert (time.monotonic() - start >= 1.0) == (error is TimeoutError)
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_tls_with_a_server_that_has_none_is_told(server):
+    with PlannerClient(server.url.replace("ws", "wss")) as client, pytest.raises(TimeoutError, match=r"it hangs up.*without ws://"):
+        client.wait_ready(1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # one that answers
+        threading.Thread(target=lambda: listener.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), daemon=True).start()
+        with PlannerClient(f"wss://127.0.0.1:{listener.getsockname()[1]}") as client, pytest.raises(Refused, match="speaks no TLS: ws://"):
+            client.wait_ready(60)
+
+
+@pytest.mark.parametrize("options, words", [({"token": "two words"}, "ASCII without spaces"), ({"token": "naïve-token-of-good-length"}, "ASCII"),
+                                            ({"tls_ca": "/nowhere.pem"}, "tls_ca=/nowhere.pem is no PEM file"), ({"tls_ca": __file__}, "is no PEM file")])
+def test_what_a_client_is_given_is_checked(options, words):
+    with pytest.raises(ValueError, match=words):
+        PlannerClient("wss://127.0.0.1:1", **options)
 
 
 @pytest.mark.parametrize("url", ["http://x", "127.0.0.1:80", "ws://", "ws:///plan"])
