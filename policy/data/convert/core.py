@@ -1,14 +1,13 @@
 """Another format into the store, episode by episode, and a store into another format. `dipole data convert` is this on the command line."""
 import importlib
 import inspect
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from policy.data.building import Filler, beside, free
 from policy.data.convert.keep import write_keep
 from policy.data.convert.mapping import Rules
 from policy.data.convert.plan import Plan
@@ -17,7 +16,6 @@ from policy.data.files import DataError
 from policy.data.store import Store
 
 FORMATS = ("robomimic", "d4rl", "minari", "npz", "lerobot", "rosbag")  # modules of this package; the first line of each says what it looks for
-BATCH_BYTES = 2**26  # episodes are gathered up to this size and written together
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 Progress = Callable[[int, int, int], None]  # episodes done, of how many, steps done
 
@@ -84,14 +82,12 @@ def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, A
 
     mapping and entries: see policy.data.convert.mapping; entries (fps=20, keys={…}) win.   dst appears when it is complete, and is never overwritten.
     """
-    src, dst, rules = Path(src), Path(dst), Rules.of(mapping).but(**entries)
-    if dst.exists():
-        raise DataError(f"{dst} exists and is not overwritten. Choose another dst=…, or remove it yourself")
+    src, dst, rules = Path(src), free(dst), Rules.of(mapping).but(**entries)
     if is_store(src) and not (rules.format and module(rules.format).detects(src)):
         return _back(src, dst, rules)
     source = open_source(src, rules.format, **{"fps": rules.fps, **rules.options})
     plan = Plan.of(source, rules)
-    with _beside(dst) as part:
+    with beside(dst) as part:
         store = Store.create(part, plan.schema, fps=plan.fps, units=plan.units, action_semantics=plan.semantics.text or None, attrs=plan.attrs)
         _fill(store, source, plan, progress)
         write_keep(part, plan.keep())
@@ -113,7 +109,7 @@ def _back(src: Path, dst: Path, rules: Rules) -> Converted:
         raise DataError(f"{src} is a store of dipole already. To write it in another format name that: format=… ({', '.join(writers())})")
     if name not in writers():
         raise DataError(f"{name} is read but not written. Write one of: format=… ({', '.join(writers())})")
-    with _beside(dst) as part:
+    with beside(dst) as part:
         notes = module(name).write(store, part, **_allowed(name, module(name).write, rules.options)) or ()
     return Converted(dst, name, store.episodes, store.steps, {}, tuple(notes))
 
@@ -122,39 +118,14 @@ def writers() -> list[str]:
     return [name for name in FORMATS if hasattr(module(name), "write")]
 
 
-class _beside:
-    """A path in a folder of its own beside dst, moved to dst at the end: dst exists entirely or not at all."""
-
-    def __init__(self, dst: Path):
-        self.dst = dst
-
-    def __enter__(self) -> Path:
-        self.dst.parent.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.dst.name}.", dir=self.dst.parent))
-        return self.folder / self.dst.name
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        try:
-            if kind is None:
-                if self.dst.exists():  # made meanwhile; rename would replace a file
-                    raise DataError(f"{self.dst} appeared while it was being written, and is not overwritten. Choose another dst=…")
-                (self.folder / self.dst.name).rename(self.dst)
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
 def _fill(store: Store, source: Source, plan: Plan, progress: Progress | None) -> None:
-    batch, size = [], 0
+    filler = Filler(store)
     for i, episode in enumerate(source.episodes()):
         stored = plan.episode(episode, i)
         if stored is not None:
-            batch.append(stored)
-            size += sum(x.nbytes for x in stored.values())
-        if size >= BATCH_BYTES:
-            store.extend(batch)
-            batch, size = [], 0
+            filler.add(stored)
         if progress:
-            progress(i + 1, source.count, store.steps + sum(len(next(iter(e.values()))) for e in batch))
-    store.extend(batch)
+            progress(i + 1, source.count, filler.steps)
+    filler.flush()
     if not store.episodes:
         raise DataError(f"{source.path} holds no episode with a step in it, so there is nothing to convert")

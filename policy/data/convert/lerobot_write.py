@@ -173,7 +173,8 @@ def _cameras(origin: Origin, images: str, declared: Mapping[str, Any]) -> dict[s
 def _features(origin: Origin, declared: Mapping[str, Any], cameras: Mapping[str, str], absent: list[str]) -> dict[str, Any]:
     """features of info.json: those that were declared first, in their order."""
     found = {}
-    names = origin.store.attrs.get("names") or {}
+    said = origin.store.attrs.get("names") or {}
+    names = {name: said[key] for key, name in origin.names.items() if key in said}
     for name in [*(k for k in declared if k in origin.schema or k in COUNTED or k in absent), *(k for k in [*origin.schema, *COUNTED] if k not in declared)]:
         shape, dtype = origin.schema.get(name, ((), np.dtype(COUNTED.get(name, "float32"))))
         kind = cameras.get(name, str(dtype))

@@ -1,7 +1,7 @@
 """What becomes of a source's keys: which are stored, under which names, what is the action and what a policy observes by default."""
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,8 @@ class Plan:
         if unknown := [k for k in rules.units if stored.get(k, k) not in schema]:
             raise ValueError(f"units: {unknown[0]!r} is not a stored key (known: {', '.join(schema)})")
         bytes_swapped = {k: np.dtype(d).str for k, (_, d) in source.schema.items() if k in stored and not np.dtype(d).isnative}
-        plan.attrs = {**source.attrs, **({"task": rules.task} if rules.task else {}), "action": semantics.to_json(), "obs": plan._observed(),
+        named = {"names": {stored.get(k, k): v for k, v in source.attrs["names"].items()}} if source.attrs.get("names") else {}
+        plan.attrs = {**source.attrs, **named, **({"task": rules.task} if rules.task else {}), "action": semantics.to_json(), "obs": plan._observed(),
                       "source": {"format": source.format, "name": source.path.name, "keys": stored,
                                  **({"empty": empty} if empty else {}), **({"dtypes": bytes_swapped} if bytes_swapped else {}),
                                  **({"resampled": {"clock": clock, "fps": fps}} if clock else {})}}
@@ -127,7 +128,7 @@ def _action(source: Source, rules: Rules) -> list[Part]:
 def _meant(source: Source, rules: Rules, parts: list[Part], stored: Mapping[str, str]) -> Semantics:
     """What the reader says of its actions, or that others are a measured value some steps later."""
     if rules.action_from is None:
-        return source.semantics
+        return replace(source.semantics, of=stored.get(source.semantics.of or ""))
     if len(parts) != 1 or not parts[0].shift or parts[0].key not in stored:
         return Semantics()
     key, take = stored[parts[0].key], parts[0].take
