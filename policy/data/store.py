@@ -7,6 +7,7 @@ written before its end, so a frame beyond the last end belongs to an episode tha
 overwrites it. Growing episode_ends and writing the new value are two files; in between the new entry reads 0, which no episode can end
 at, so trailing zeros are ignored. One process writes at a time. (Power loss is another matter: nothing here calls fsync.)
 """
+import fcntl
 import math
 import os
 import shutil
@@ -83,7 +84,8 @@ class Store:
         if mode not in ("r", "a") or missing not in ("error", "zeros"):
             raise ValueError(f"mode is 'r' or 'a' and missing is 'error' or 'zeros', got {mode!r} and {missing!r}")
         files = Files(path, writable=mode == "a")
-        if files.writable:
+        if files.writable and (lock := hold(files.path)) is not None:  # what a live recorder is writing is no stray
+            os.close(lock)
             for stray in files.path.rglob("*.partial"):  # a killed write leaves its temporary file behind
                 stray.unlink(missing_ok=True)
         store = cls(files, fill_missing=missing == "zeros")
@@ -270,6 +272,17 @@ def _create_array(root: zarr.Group, name: str, shape: tuple[int, ...], dtype: np
     # Checksums: a flipped bit in a demonstration must not become a motion.
     root.create_array(name, shape=(0, *shape), chunks=(steps, *shape), shards=(steps * CHUNKS_PER_SHARD, *shape), dtype=dtype,
                       compressors=ZstdCodec(level=3, checksum=True), fill_value=0)
+
+
+def hold(path: Path) -> int | None:
+    """Keep recorders (policy.data.record) out of the dataset at path until the descriptor is closed or its process dies; None: there is one."""
+    lock = os.open(path / ".recording", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
 
 
 def _umask() -> int:

@@ -10,7 +10,7 @@ import pytest
 import zarr.storage._local as local
 from data_cases import SCHEMA, assert_same, make_episode
 
-from policy.data import DataError, Store
+from policy.data import DataError, Recorder, Store, record
 
 
 def episode(i: int):
@@ -93,13 +93,31 @@ def record_forever(path: Path, acknowledged: Path) -> None:
         os.write(log, b"%d\n" % i)
 
 
-def kill_repeatedly(path: Path, kills: int, seed: int) -> int:
+def record_step_by_step(path: Path, acknowledged: Path) -> None:
+    """The same through a Recorder, whose thread puts down pieces of the running episode."""
+    record.BLOCK_BYTES = 2000
+    log = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    recorder = Recorder(path, fps=10)
+    while True:
+        i = recorder.episodes
+        frames = episode(i)
+        for k in range(len(frames["action"])):
+            recorder.add({key: x[k] for key, x in frames.items()})
+        if i % 5 == 4 and not recorder.frames % 2:
+            recorder.cancel()
+            recorder.episode(frames)
+        else:
+            recorder.end()
+        os.write(log, b"%d\n" % i)
+
+
+def kill_repeatedly(path: Path, kills: int, seed: int, write=record_forever) -> int:
     rng, context = random.Random(seed), get_context("forkserver")
-    context.set_forkserver_preload(["policy.data.store", "data_cases"])
+    context.set_forkserver_preload(["policy.data.record", "data_cases"])
     Store.create(path, SCHEMA, fps=10)
     acknowledged = path.with_suffix(".log")
     for _ in range(kills):
-        recorder = context.Process(target=record_forever, args=(path, acknowledged), daemon=True)
+        recorder = context.Process(target=write, args=(path, acknowledged), daemon=True)
         before = acknowledged.stat().st_size if acknowledged.exists() else 0
         recorder.start()
         for _ in range(2000):  # until it records
@@ -117,13 +135,15 @@ def kill_repeatedly(path: Path, kills: int, seed: int) -> int:
     return store.episodes
 
 
-def test_sigkill(tmp_path):
-    assert kill_repeatedly(tmp_path / "d.zarr", kills=15, seed=0) >= 15
+@pytest.mark.parametrize("write", [record_forever, record_step_by_step])
+def test_sigkill(tmp_path, write):
+    assert kill_repeatedly(tmp_path / "d.zarr", 10, 0, write) >= 10
 
 
 @pytest.mark.slow
-def test_sigkill_many(tmp_path):
-    assert kill_repeatedly(tmp_path / "d.zarr", kills=150, seed=1) >= 150
+@pytest.mark.parametrize("write", [record_forever, record_step_by_step])
+def test_sigkill_many(tmp_path, write):
+    assert kill_repeatedly(tmp_path / "d.zarr", 200, 1, write) >= 200
 
 
 def test_a_full_disk_is_an_error_and_the_recorder_may_go_on(dataset, monkeypatch):

@@ -1,0 +1,229 @@
+"""Episodes recorded as they happen, by whatever acts: a deployed policy, a teleoperator, an expert.
+
+The loop that acts never waits for the disk: `add` copies the frame and returns, a thread writes. Whoever is killed at any moment leaves every
+episode whose `end` returned, and at most the running one is lost (policy.data.store says why).
+"""
+import os
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from policy.data.store import DataError, Store, hold
+
+Frame = Mapping[str, Any]
+BLOCK_BYTES = 2**23  # written at once: about two shards of each key
+WAIT = 0.25  # s between two looks whether the thread still lives
+
+
+class Recorder:
+    """Appends to the dataset at path, made with the first frame when there is none; goes on behind its last episode otherwise.
+
+        with Recorder("demos/mine.zarr", fps=20, units={"q": "rad"}, action_semantics="absolute joint target") as recorder:
+            for each episode:
+                for each control step:
+                    recorder.add({"q": q, "action": action})   # what was seen, and what was done about it
+                recorder.end()                                 # or recorder.cancel()
+
+    schema: {key: (shape of one frame, dtype)}; that of the first frame when absent, Python numbers and float64 as float32.
+    memory: bytes that may wait for the disk; add raises DataError beyond them, and the episode is lost.
+    attrs: more of the store's attributes, such as task, action and obs.   ValueError when fps or keys are not the dataset's.
+    """
+
+    def __init__(self, path: Path | str, *, fps: float, schema: Mapping[str, tuple[Sequence[int], DTypeLike]] | None = None,
+                 units: Mapping[str, str] | None = None, action_semantics: str | None = None, attrs: Mapping[str, Any] | None = None,
+                 memory: int = 2**28):
+        self.path, self.fps, self.memory = Path(path), float(fps), memory
+        self._facts: dict[str, Any] = {"units": units, "action_semantics": action_semantics, "attrs": attrs}
+        self._schema = {key: (tuple(shape), np.dtype(dtype)) for key, (shape, dtype) in schema.items()} if schema is not None else None
+        self._store = self._opened() if self.path.exists() else None
+        self._lock = self._locked() if self._store is not None else None
+        self._block: list[dict[str, np.ndarray]] = []
+        self._bytes, self._waiting, self.frames = 0, 0, 0  # of the block, handed to the thread, of the running episode
+        self._count = threading.Lock()
+        self._todo: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def episodes(self) -> int:
+        """Complete ones in the dataset, those of before included."""
+        return self._store.episodes if self._store is not None else 0
+
+    def add(self, frame: Frame) -> None:
+        """One control step {key: array of one frame}. DataError when keys, shapes or kinds of numbers are not those of the first."""
+        self._complain()
+        if self._store is None:
+            self._store = self._made(frame)
+            self._lock = self._locked()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write, name=f"recorder of {self.path.name}", daemon=True)
+            self._thread.start()
+        taken = self._taken(frame)
+        size = sum(x.nbytes for x in taken.values())
+        if self._waiting + self._bytes + size > self.memory:
+            frames = self.frames
+            self.cancel()
+            raise DataError(f"{self.path}: the disk is slower than the recording: more than {self.memory / 1e6:.0f} MB wait for it after {frames} frames. This "
+                            "episode is lost, the ones before are kept. Record smaller images, or to a faster disk, or allow more memory=")
+        self._block.append(taken)
+        self._bytes, self.frames = self._bytes + size, self.frames + 1
+        if self._bytes >= BLOCK_BYTES:
+            self._hand_over()
+
+    def end(self) -> int:
+        """The frames added since the last end are an episode, on disk when this returns; its number. DataError when there are none."""
+        self._complain()
+        if not self.frames:
+            raise DataError(f"{self.path}: an episode needs at least one frame, none was added")
+        self._hand_over()
+        self.frames = 0
+        self._ask("commit")
+        return self.episodes - 1
+
+    def cancel(self) -> None:
+        """Forget the frames added since the last end."""
+        self._block, self._bytes, self.frames = [], 0, 0
+        if self._thread is not None and self._thread.is_alive():
+            self._ask("discard")
+
+    def episode(self, episode: Mapping[str, np.ndarray]) -> int:
+        """A whole one {key: (n, *shape)} at once; its number."""
+        if self.frames:
+            raise DataError(f"{self.path}: {self.frames} frames of another episode were added and not ended. end() or cancel() it first")
+        if not (lengths := {key: len(x) for key, x in episode.items()}) or len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise DataError(f"{self.path}: an episode needs the same number of frames (at least 1) in every key, got {lengths}")
+        if self._store is None:
+            self._store = self._made({key: x[0] for key, x in episode.items()})
+            self._lock = self._locked()
+        self._store.append({key: self._cast(key, x, (len(x), *self._schema_of(key)[0])) for key, x in episode.items()})
+        return self.episodes - 1
+
+    def close(self) -> None:
+        """Stop the thread; an episode that was not ended is forgotten, as if the process had died."""
+        if self._thread is not None:
+            self._todo.put(("stop", None))
+            self._thread.join()
+            self._thread = None
+        self._block, self._bytes, self.frames = [], 0, 0
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ the thread
+    def _hand_over(self) -> None:
+        if self._block:
+            with self._count:
+                self._waiting += self._bytes
+            self._todo.put(("write", self._block))
+            self._block, self._bytes = [], 0
+
+    def _ask(self, what: str) -> None:
+        """Have the thread do it after all that it was handed before, and wait. Raises what it raised."""
+        assert self._thread is not None
+        self._todo.put((what, None))
+        while True:
+            try:
+                error = self._done.get(timeout=WAIT)
+                break
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise DataError(f"{self.path}: the recording thread died. Start a new Recorder; complete episodes are kept") from None
+        if error is not None:
+            self._error = None
+            raise self._lost(error) from error
+
+    def _complain(self) -> None:
+        if (error := self._error) is not None:
+            self.cancel()
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> DataError:
+        return DataError(f"{self.path}: this episode could not be written ({error}). It is lost, the ones before are kept")
+
+    def _write(self) -> None:
+        store = self._store
+        assert store is not None
+        failed: Exception | None = None
+        while (job := self._todo.get())[0] != "stop":
+            what, block = job
+            try:
+                if what == "discard":
+                    store.discard()
+                    failed = self._error = None
+                elif failed is None and what == "write":
+                    store.write({key: np.stack([frame[key] for frame in block]) for key in block[0]})
+                elif failed is None:
+                    store.commit()
+            except Exception as e:  # told to whoever records, with the next frame
+                failed = self._error = e
+            if what == "write":
+                with self._count:
+                    self._waiting -= sum(x.nbytes for frame in block for x in frame.values())
+            else:
+                if failed is not None:
+                    store.discard()
+                self._done.put(failed)
+                failed = None
+        store.discard()
+
+    # ------------------------------------------------------------ the dataset
+    def _opened(self) -> Store:
+        store = Store.open(self.path, mode="a")
+        if store.fps is not None and abs(store.fps - self.fps) > 1e-9 * self.fps:
+            raise ValueError(f"{self.path} was recorded at {store.fps:g} Hz and this is {self.fps:g} Hz: record to another path")
+        if self._schema is not None and self._schema != store.schema:
+            raise ValueError(f"{self.path} holds {_words(store.schema)}, and this records {_words(self._schema)}: record to another path")
+        self._schema = store.schema
+        return store
+
+    def _made(self, frame: Frame) -> Store:
+        if self._schema is None:
+            self._schema = {key: (np.shape(x), _kept(np.asarray(x).dtype)) for key, x in frame.items()}
+        return Store.create(self.path, self._schema, fps=self.fps, **self._facts)
+
+    def _locked(self) -> int:
+        """One recorder at a time; the system lets go of a dead one's lock."""
+        if (lock := hold(self.path)) is None:
+            raise DataError(f"{self.path}: another recorder writes to it. Stop that one, or record to another path and merge them (dipole data merge)")
+        return lock
+
+    def _schema_of(self, key: str) -> tuple[tuple[int, ...], np.dtype]:
+        assert self._schema is not None
+        if key not in self._schema:
+            raise DataError(f"{self.path}: {key!r} is none of its keys {sorted(self._schema)}: every frame has the same")
+        return self._schema[key]
+
+    def _taken(self, frame: Frame) -> dict[str, np.ndarray]:
+        """Copies in the dataset's types."""
+        taken = {key: self._cast(key, np.array(x), self._schema_of(key)[0]) for key, x in frame.items()}
+        if len(taken) != len(self._schema or ()):
+            raise DataError(f"{self.path}: a frame lacks {sorted(set(self._schema or ()) - set(taken))}: every frame has the same keys")
+        return taken
+
+    def _cast(self, key: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        dtype = self._schema_of(key)[1]
+        if x.shape != shape:
+            raise DataError(f"{self.path}: {key!r} has shape {x.shape}, the first frame had {self._schema_of(key)[0]}")
+        if not np.can_cast(x.dtype, dtype, "same_kind"):
+            raise DataError(f"{self.path}: {key!r} is {x.dtype}, which does not fit {dtype}. Convert it first")
+        return x.astype(dtype, copy=False)
+
+
+def _kept(dtype: np.dtype) -> np.dtype:
+    return np.dtype("float32") if dtype == np.float64 else dtype
+
+
+def _words(schema: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> str:
+    return ", ".join(f"{key} {shape} {dtype}" for key, (shape, dtype) in sorted(schema.items()))
