@@ -1,4 +1,5 @@
 """What the writers of other formats share: a store's episodes under the names, shapes and dtypes they came with."""
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from policy.data.convert.keep import read_keep
 from policy.data.convert.plan import NO_OBSERVATION
 from policy.data.convert.source import Episode
-from policy.data.store import Schema, Store
+from policy.data.store import BLOCK_BYTES, Schema, Store
 
 
 def observed(store: Store) -> list[str]:
@@ -53,7 +54,20 @@ class Origin:
         return {**found, **{name: np.zeros((hi - lo, *shape), dtype) for name, (shape, dtype) in self.empty.items()}}
 
     def episodes(self) -> Iterator[Episode]:
-        return (self.episode(i) for i in range(self.store.episodes))
+        """All of them in order; short ones are read together, which is several times as fast."""
+        frame = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.store.schema.values())
+        spans = [self.store.span(i) for i in range(self.store.episodes)]
+        i = 0
+        while i < len(spans):
+            j = i + 1
+            while j < len(spans) and (spans[j][1] - spans[i][0]) * frame <= BLOCK_BYTES:
+                j += 1
+            start = spans[i][0]
+            block = {key: self.store.read(key, start, spans[j - 1][1]).astype(self.schema[name][1], copy=False) for key, name in self.names.items()}
+            for lo, hi in spans[i:j]:
+                yield {**{name: block[key][lo - start:hi - start] for key, name in self.names.items()},
+                       **{name: np.zeros((hi - lo, *shape), dtype) for name, (shape, dtype) in self.empty.items()}}
+            i = j
 
     def of_episode(self, i: int) -> dict[str, Any]:
         """What the source said about episode i; {} where it said nothing or the episode was changed since."""

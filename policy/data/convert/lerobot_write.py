@@ -37,8 +37,8 @@ def write(store: Store, path: Path, *, version: str | None = None, images: str =
     if not store.fps:
         raise DataError(f"{store.path} does not say its rate, which LeRobot needs. Write its attribute fps [Hz]")
     writer = _Writer.of(store, path, version, images)
-    for i in range(store.episodes):
-        writer.add(i)
+    for i, episode in enumerate(writer.origin.episodes()):
+        writer.add(i, episode)
     writer.finish()
     return writer.origin.notes
 
@@ -77,12 +77,9 @@ class _Writer:
         out = files.Files(path, v3, features, float(store.fps or 0), chunk, info.get("data_files_size_in_mb") or 100, info.get("video_files_size_in_mb") or 200)
         return cls(store, path, origin, cameras, absent, info if same else {}, features, _tasks(store, origin), out)
 
-    def add(self, i: int) -> None:
-        lo, hi = self.store.span(i)
-        n, found = hi - lo, {}
-        for key, name in self.origin.names.items():
-            x = self.store.read(key, lo, hi).astype(self.origin.schema[name][1], copy=False)
-            found[name] = x[:, 0] if x.shape[1:] == (1,) and not self.origin.came else x
+    def add(self, i: int, episode: Episode) -> None:
+        found = {name: x[:, 0] if x.shape[1:] == (1,) and not self.origin.came else x for name, x in episode.items()}
+        n = len(next(iter(found.values())))
         found.setdefault("timestamp", (np.arange(n) / float(self.store.fps or 0)).astype(np.float32))
         found.setdefault("task_index", np.full(n, next(iter(self.tasks)), np.int64))
         found |= {"frame_index": np.arange(n), "episode_index": np.full(n, i), "index": np.arange(self.frames, self.frames + n)}
