@@ -29,6 +29,7 @@ from envs.twin import ANCHOR, Twin, Unplayable
 VERSION = 1
 LARGEST = 60_000  # bytes of a packet
 SLIP = 0.5  # s that it may be late before it shifts its schedule instead of catching up
+SETTLE = 0.5  # s at rest before it ends: joints follow what they are told
 FIELDS: dict[str, dict[str, type]] = {
     "describe": {},
     "connect": {"session": int},
@@ -164,36 +165,44 @@ def _bytes(x: np.ndarray) -> bytes:
 
 
 class Log:
-    """One row per physics step, kept in memory until it is saved as npz."""
+    """The last `minutes` of one row per physics step, in memory that is taken at once, until it is saved as npz."""
 
-    def __init__(self) -> None:
-        self._rows: list[np.ndarray] = []
+    def __init__(self, twin: Twin, minutes: float) -> None:
+        self._rows = np.full((max(1, round(60 * minutes / twin.dt)), 5 + twin.dof + twin.state.qpos.size + twin.state.qvel.size), np.nan)
+        self._count = 0
         self._starts: list[dict[str, Any]] = []
 
     def add(self, twin: Twin, t: float, late: float, played: np.ndarray) -> None:
         if not self._starts or self._starts[-1]["number"] != twin.episode.number:
-            self._starts.append({"number": twin.episode.number, "seed": twin.episode.seed, "mocap": twin.state.mocap_pos})
-        self._rows.append(np.concatenate([[t, late, twin.step, twin.episode.number, twin.tripped], played, twin.state.qpos, twin.state.qvel]))
+            self._starts.append({"number": twin.episode.number, "seed": twin.episode.seed, "mocap": twin.state.mocap_pos, "row": self._count})
+            while len(self._starts) > 1 and self._starts[1]["row"] <= self._count - len(self._rows):
+                self._starts.pop(0)
+        row = [t, late, twin.step, twin.episode.number, twin.tripped], played, twin.state.qpos, twin.state.qvel
+        np.concatenate(row, out=self._rows[self._count % len(self._rows)])
+        self._count += 1
 
     def save(self, path: str, twin: Twin) -> None:
         """t, late [s], step, episode, watchdog, commanded (n, dof), qpos, qvel after each step; and of each episode its number, seed and mocap positions."""
-        rows = np.stack(self._rows) if self._rows else np.zeros((0, 5 + twin.dof + twin.state.qpos.size + twin.state.qvel.size))
+        at = self._count % len(self._rows)
+        rows = self._rows[:at] if self._count < len(self._rows) else np.concatenate([self._rows[at:], self._rows[:at]])
         t, late, step, episode, watchdog = rows[:, :5].T
         commanded, qpos, qvel = np.split(rows[:, 5:], np.cumsum([twin.dof, twin.state.qpos.size]), 1)
-        np.savez_compressed(
-            path, t=t, late=late, step=step, episode=episode.astype(int), watchdog=watchdog > 0, commanded=commanded, qpos=qpos, qvel=qvel, dt=twin.dt,
-            number=[one["number"] for one in self._starts], seed=[one["seed"] for one in self._starts], mocap=[one["mocap"] for one in self._starts],
-        )  # fmt: skip
+        number, seed, mocap = ([one[key] for one in self._starts] for key in ("number", "seed", "mocap"))
+        with open(f"{path}.part", "wb") as file:
+            np.savez_compressed(file, t=t, late=late, step=step, episode=episode.astype(int), watchdog=watchdog > 0, commanded=commanded, qpos=qpos, qvel=qvel,
+                                dt=twin.dt, number=number, seed=seed, mocap=mocap)  # fmt: skip
+        os.replace(f"{path}.part", path)
 
 
 def run(twin: Twin, link: Link, *, log: Log | None = None, every: int = 1, stall: tuple[float, float] | None = None, alone: bool = True) -> dict[str, Any]:
-    """Play in real time until told to quit; lateness [ms] and counts. stall: s after the start, and how many s it hangs then (a test's fault).
+    """Play in real time until told to quit, then come to rest; lateness [ms] and counts.
 
-    every: physics steps between two states sent.   alone: False ends it when its standard input closes, as that of a parent that died does.
+    stall: s after the start, and how many s it hangs then (a test's fault).   every: physics steps between two states sent.
+    alone: False ends it when its standard input closes, as that of a parent that died does.
     """
     start, late, worst, slips = time.monotonic() + 0.02, np.zeros(1 << 16), 0.0, 0
-    begun, k = twin.step, 0
-    while not link.quit:
+    begun, k, moved = twin.step, 0, twin.step
+    while not link.quit or (twin.step - moved) * twin.dt < SETTLE:
         deadline = start + k * twin.dt
         if (left := deadline - time.monotonic()) > 0:
             time.sleep(left)
@@ -204,7 +213,10 @@ def run(twin: Twin, link: Link, *, log: Log | None = None, every: int = 1, stall
         late[k % len(late)] = now - deadline
         if now - deadline > SLIP:
             start, deadline, slips = start + now - deadline, now, slips + 1
-        link.poll(now)
+        if not link.quit:
+            link.poll(now)
+        if not twin.rest:
+            moved = twin.step
         worst = max(worst, late[k % len(late)])
         if k % every == 0:
             link.report(deadline, start - begun * twin.dt, {"late": float(late[k % len(late)]), "late_max": float(worst), "slips": slips})
@@ -212,8 +224,8 @@ def run(twin: Twin, link: Link, *, log: Log | None = None, every: int = 1, stall
         if log is not None:
             log.add(twin, deadline, late[k % len(late)], played)
         k += 1
-        if not alone and k % 64 == 0 and select.select([sys.stdin], [], [], 0)[0] and not os.read(0, 4096):
-            break
+        if not alone and k % 16 == 0 and not link.quit and select.select([0], [], [], 0)[0] and not os.read(0, 4096):
+            link.quit = True
     ms = 1e3 * late[: min(k, len(late))]
     p50, p99 = np.percentile(ms, [50, 99]) if k else (0.0, 0.0)
     return {"steps": k, "late_ms": {"p50": round(p50, 3), "p99": round(p99, 3), "max": round(1e3 * float(worst), 3)}, "slips": slips,
@@ -235,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help='the task\'s own arguments, such as {"pillar": true}')
     parser.add_argument("--port", type=int, default=0, help="UDP port on 127.0.0.1; 0 takes a free one")
     parser.add_argument("--log", help="where the recording goes when it ends (.npz): setpoints and state of every physics step")
+    parser.add_argument("--keep", type=float, default=10.0, help="minutes of the recording that are kept, the last ones (default: 10)")
     parser.add_argument("--seconds", type=float, help="length of an episode (default: that of the task)")
     parser.add_argument("--every", type=int, default=1, help="physics steps between two states sent")
     parser.add_argument("--priority", type=int, default=0, help="SCHED_FIFO priority to ask for; 0 asks for none")
@@ -247,7 +260,9 @@ def main(argv: list[str] | None = None) -> None:
     if not (isinstance(task, type) and issubclass(task, Task)):
         parser.error(f"--task {args.task} names no task: give module:Class, such as envs.gantry:Gantry")
     twin = Twin(task(**args.options), seconds=args.seconds)
-    link, log = Link(twin, args.port, drop=args.drop), Log() if args.log else None
+    if not args.keep > 0:
+        parser.error(f"--keep {args.keep:g} must be above 0 minutes")
+    link, log = Link(twin, args.port, drop=args.drop), Log(twin, args.keep) if args.log else None
     signal.signal(signal.SIGTERM, lambda *_: setattr(link, "quit", True))
     signal.signal(signal.SIGINT, lambda *_: setattr(link, "quit", True))
     got = scheduling(args.priority) if args.priority else "normal"

@@ -1,4 +1,5 @@
 """What a deployment leaves to look at: the timeline of chunks, modes, joints and lateness, the video of the simulated robot, the page."""
+import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from policy.train.log import console
 
 COLOURS = {"RUN": "#15935a", "DEGRADED": "#d97706", "BRAKE": "#d33c3c", "HOLD": "#2563eb", "STOP": "#1b1f24"}
 FPS = 25
-SHOWN = 12.0  # s of the timeline that are drawn: the first
+SHOWN = 12.0  # s of the timeline that are drawn: the first of episodes, else the last
 
 
 def write(folder: Path, facts: dict[str, Any], journal: Journal, robot: RobotSpec, node: DictConfig) -> Path:
     """deploy.json, timeline.png, video.mp4 where there is a simulated robot's log, report.html."""
     page.save_json(folder / "deploy.json", facts)
-    timeline(folder / "timeline.png", journal, robot)
+    timeline(folder / "timeline.png", journal, robot, last=not facts["episodes"])
     films = film(folder, node) if (folder / "robot.npz").exists() else {}
-    parts = [head(facts, robot), cards(facts), '<h2>What happened</h2><div class="card"><img src="timeline.png" style="width:100%"></div>',
+    parts = [head(facts, robot), note(facts), cards(facts), '<h2>What happened</h2><div class="card"><img src="timeline.png" style="width:100%"></div>',
              page.videos(folder, films), events(journal), numbers(facts)]
     return page.write(folder / "report.html", f"{robot.name} · deployment", parts)
 
@@ -35,6 +36,18 @@ def head(facts: dict[str, Any], robot: RobotSpec) -> str:
     return (f'<header><div class="over">deployment</div><h1>{escape(robot.name)}</h1><p class="soft">{said}server, bridge and robot in processes of their own; '
             f'merge {escape(str(facts.get("merge")))}, {1e3 * facts.get("delay", 0):.0f} ms added to every plan, control at {robot.rate:g} Hz, '
             f'{escape(str(facts["obtained"].get("scheduler")))}</p></header>')
+
+
+def note(facts: dict[str, Any]) -> str:
+    """Why it is not whole."""
+    why = facts.get("trouble") or (f"ended by {facts['ended']}" if facts.get("ended") else "")
+    return f'<p class="note">{escape(why)}</p>' if why else ""
+
+
+def pace(facts: dict[str, Any]) -> str:
+    """Lateness and planning in a few words, as far as there are any."""
+    late, plan = facts.get("late_ms"), facts.get("plan_ms")
+    return (f", control late p99 {late['p99']:.2f} ms ({facts['obtained']['scheduler']})" if late else "") + (f", plan {plan['p50']:.1f} ms" if plan else "")
 
 
 def cards(facts: dict[str, Any]) -> str:
@@ -57,30 +70,30 @@ def numbers(facts: dict[str, Any]) -> str:
 
 
 def events(journal: Journal) -> str:
-    rows = [e for e in journal.events if e["event"] in ("mode", "refused", "lost", "slow", "rearmed", "stop_failed")][:200]
+    rows = [e for e in journal.events if e["event"] in ("mode", "refused", "lost", "slow", "rearmed", "moving", "stop_failed", "unwritten")][-200:]
     start = journal.events[0]["t"] if journal.events else 0.0
     cells = ([f"{e['t'] - start:.2f} s", e["event"], str(e.get("mode", "")), str(e.get("why", ""))] for e in rows)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in cells)
     return f'<h2>Events</h2><div class="card wide"><table><tr><th>time</th><th>event</th><th>mode</th><th>why</th></tr>{body}</table></div>' if body else ""
 
 
-def timeline(out: Path, journal: Journal, robot: RobotSpec) -> None:
-    """Chunks from observation to end with the moment they landed; modes; every joint commanded and measured; lateness."""
+def timeline(out: Path, journal: Journal, robot: RobotSpec, *, last: bool = False) -> None:
+    """Chunks from observation to end with the moment they landed; modes; every joint commanded and measured; lateness; of SHOWN s, the first or the last."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     a = journal.arrays()
     if not len(a["t"]):
         return
-    t0 = float(a["t"][0])
-    t, keep = a["t"] - t0, a["t"] - t0 <= SHOWN
+    t0 = max(float(a["t"][0]), float(a["t"][-1]) - SHOWN if last else -np.inf)
+    t, keep = a["t"] - t0, (a["t"] >= t0) & (a["t"] - t0 <= SHOWN)
     joints = min(robot.dof, 8)
     fig, axes = plt.subplots(joints + 3, 1, figsize=(12, 4.5 + 1.05 * joints), dpi=110, sharex=True,
                              gridspec_kw={"height_ratios": [1.7, 0.35, *([1] * joints), 0.8]})
     for i, c in enumerate(journal.chunks):
         start, landed, end = c["t0"] - t0, c["landed"] - t0, c["end"] - t0
-        if start > SHOWN:
-            break
+        if end < 0 or start > SHOWN:
+            continue
         y = -(i % 6)
         axes[0].plot([start, landed], [y, y], color="#c6ccd2", lw=5, solid_capstyle="butt")
         axes[0].plot([landed, end], [y, y], color="#2563eb", lw=5, alpha=0.75, solid_capstyle="butt")
@@ -149,8 +162,14 @@ def write_evaluation(folder: Path, result: dict[str, Any]) -> Path:
     names = "".join(f"<th>{n}</th>" for n in COLUMNS)
     parts = [f'<header><div class="over">deployment</div><h1>{escape(result["robot"])}</h1><p class="soft">success through server, bridge and robot in three '
              "processes, in real time, beside the simulator's own loop on the same seeds at the next whole delay</p></header>",
-             f'<div class="card wide"><table><tr>{names}</tr>{body}</table></div>', numbers(result)]
+             note(result), f'<div class="card wide"><table><tr>{names}</tr>{body}</table></div>', numbers(result)]
     return page.write(folder / "report.html", f"{result['robot']} · deployment", parts)
+
+
+def slope(rows: list[dict[str, Any]], name: str) -> float:
+    """MB an hour by which a process grew in the last two thirds of the time, by least squares; NaN where there are too few measurements."""
+    kept = rows[len(rows) // 3:]
+    return 3600 * float(np.polyfit([r["s"] for r in kept], [r[name] for r in kept], 1)[0]) if len(kept) > 2 else float("nan")
 
 
 def draw_memory(out: Path, rows: list[dict[str, Any]]) -> None:
@@ -177,9 +196,9 @@ def lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
     for r in result["rows"]:
         inside = r["in_process"]
         beside = f"{inside['success']:.0%} {span(inside['success_ci'])}" if inside else ""
+        late, steps, seam = ((r.get(k) or {}).get(p, math.nan) for k, p in (("late_ms", "p99"), ("delay_steps", "p50"), ("seam", "p99")))
         rows.append((f"{1e3 * r['delay']:.0f} ms" + ("" if r["aligned"] else ", not aligned"), f"{r['success']:.0%} {span(r['success_ci'])}", beside,
-                     f"{r['delay_steps']['p50']:.1f}" + (f" ({inside['delay']})" if inside else ""), f"{r['seconds']:.1f}", f"{r['late_ms']['p99']:.2f}",
-                     f"{r['seam']['p99']:.2f}"))
+                     f"{steps:.1f}" + (f" ({inside['delay']})" if inside else ""), f"{r['seconds']:.1f}", f"{late:.2f}", f"{seam:.2f}"))
     return rows
 
 

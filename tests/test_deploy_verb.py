@@ -41,7 +41,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
 
 @pytest.mark.parametrize("card, wrong", [
     (dict(action_dim=2, task="toy"), ""), (dict(action_dim=3, task="toy"), "it plans 3 action dimensions, the robot has 2 joints (a, b)"),
-    (dict(action_dim=2, task="Panda"), "it was trained for Panda, the robot does Toy"), (dict(action_dim=2, task=""), ""),
+    (dict(action_dim=2, task="Panda"), "it was trained for Panda, the robot's task is Toy"), (dict(action_dim=2, task=""), ""),
 ])
 def test_a_policy_for_another_robot_is_refused(card, wrong):
     robot = RobotSpec(**{**{k: getattr(ROBOT, k) for k in ("name", "joints", "units", "lower", "upper", "velocity", "acceleration", "jerk")}, "task": "Toy"})

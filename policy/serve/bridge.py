@@ -24,6 +24,8 @@ Observe = Callable[[RobotState], dict[str, np.ndarray]]
 AHEAD = 16     # setpoints behind the period that the limiter sees, to rejoin a plan it had to leave
 TIDY = 2.0     # s between two collections of garbage
 GUARD = 0.002  # s before setpoints are due at which it is too late to send them
+STILL = 0.02   # share of the velocity limit below which a joint stands
+SETTLE = 1.0   # s at the end of a run in which the joints may follow what they were told
 
 
 class Client(Protocol):
@@ -70,7 +72,8 @@ class Bridge:
         self.limiter = Limiter(robot, 1 / driver.rate, self.steps)
         self.supervisor = Supervisor(patience=self.settings.patience, hold=self.settings.hold)
         self.history, self.epoch, self.asked, self.rejected, self.behind, self.answered = history, 0, -math.inf, 0, 0, True
-        self.sent, self.last_refusal, self.was_lost, self.warned = math.nan, "", False, False
+        self.sent, self.still, self.last_refusal, self.was_lost, self.warned = math.nan, -math.inf, "", False, False
+        self.watch: Callable[[Bridge, float], None] | None = None  # told of every period and how late [s] it was: policy.serve.view
         self.states: deque[tuple[RobotState, dict[str, np.ndarray]]] = deque(
             maxlen=int(robot.rate * (history * execution.dt + 1)) + 8)
         self.counts: Counter[str] = Counter()
@@ -95,6 +98,7 @@ class Bridge:
         self.execution.forget()
         self.limiter.reset(np.asarray(state.info.get("commanded", state.q), float))
         self.rejected, self.behind, self.asked, self.answered, self.sent = 0, 0, -math.inf, True, math.nan
+        self.still = -math.inf
         self.supervisor.restart()
 
     def rearm(self, timeout: float = 5.0) -> None:
@@ -106,22 +110,29 @@ class Bridge:
 
     def run(self, seconds: float = math.inf, until: Callable[[RobotState], bool] = lambda state: False, *, priority: int | None = 10,
             cpu: int | None = None) -> dict[str, Any]:
-        """Control until `until` is true of a state, `seconds` have passed or the robot is stopped; then brake to rest. What the journal measured.
+        """Control until `until` is true of a state, `seconds` have passed or the robot is stopped; then brake. What the journal measured.
 
+        Returns once all that was sent has been played and the joints stand, at most SETTLE later than they should.
         priority: SCHED_FIFO priority to ask for, None for an ordinary thread.
         """
         got = realtime.claim(priority, cpu) if priority is not None else {"scheduler": "normal"}
         self.journal.start(self.robot, got)
-        start, ending, count = self.clock(), False, 0
+        start, last, count = self.clock(), math.inf, 0
         try:
             for deadline, late in realtime.ticks(self.robot.rate):
-                ending = ending or deadline - start >= seconds or (self.state is not None and until(self.state))
-                self.tick(deadline, late, ending=ending)
+                if last == math.inf and (deadline - start >= seconds or (self.state is not None and until(self.state))):
+                    last = deadline + len(self.limiter.tail().q) / self.driver.rate + SETTLE
+                self.tick(deadline, late, ending=last < math.inf)
+                if self.watch is not None:
+                    self.watch(self, late)
                 if (count := count + 1) % max(1, round(TIDY * self.robot.rate)) == 0:
                     realtime.tidy(deadline + self.period)
-                if self.supervisor.mode is Mode.STOP or (ending and self.limiter.at_rest):
+                if self.supervisor.mode is Mode.STOP or (last < math.inf and self._stands(deadline)):
                     break
-        except Exception:
+                if deadline > last:
+                    self._say("moving", why=f"the joints still move {SETTLE:g} s after the last setpoint: they lag, or their speed is not what is measured")
+                    break
+        except BaseException:
             self._stop()
             raise
         finally:
@@ -150,7 +161,7 @@ class Bridge:
         lost = self._lost()
         covered = not ending and not lost and self.execution.covers(first, first + self.period)
         overdue = "the run is over" if ending else lost or self._overdue(now)
-        mode = self.supervisor.update(now, covered=covered, overdue=overdue, at_rest=self.limiter.at_rest and not lost, fault=fault)
+        mode = self.supervisor.update(now, covered=covered, overdue=overdue, at_rest=now >= self.still and not lost, fault=fault)
         if mode is not before:
             self._switch(before, mode)
         if mode is Mode.STOP:
@@ -231,8 +242,14 @@ class Bridge:
         if not self.state.info.get("rest"):
             return f"the robot refused setpoints: {self.state.info.get('why', '')}"
         self.limiter.reset(np.asarray(self.state.info["commanded"], float))
-        self.sent = math.nan
+        self.sent, self.still = math.nan, -math.inf
         return ""
+
+    def _stands(self, now: float) -> bool:
+        """Whether all that was sent has been played, and the robot, seen since then, stands."""
+        if self.state is None or now < self.still or self.state.t < self.still or not self.state.info.get("rest", True):
+            return False
+        return not self.was_lost and bool((np.abs(self.state.dq) <= STILL * np.asarray(self.robot.velocity)).all())
 
     def _overdue(self, now: float) -> str:
         if self.execution.now is None:
@@ -269,8 +286,10 @@ class Bridge:
             body = self.limiter.brake()
         tail = self.limiter.tail()
         q, dq, ddq = (np.concatenate([a, b]) for a, b in zip(body, tail, strict=True))
+        if len(moving := np.flatnonzero(dq.any(1))):
+            self.still = first + (moving[-1] + 2) / self.driver.rate + self.robot.latency_action  # setpoint i is due i + 1 after `first`
         try:
-            self.driver.write(Setpoints(first + 1 / self.driver.rate, 1 / self.driver.rate, q, dq, ddq, self.steps))
+            self.driver.write(Setpoints(first + 1 / self.driver.rate, 1 / self.driver.rate, q, dq, ddq))
         except DriverError as e:
             self.supervisor.fault = self.supervisor.fault or f"driver: {e}"
 

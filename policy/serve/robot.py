@@ -72,14 +72,13 @@ class RobotState:
 class Setpoints:
     """Where the joints should be at t0 + i dt [s, monotonic]; the last one is at rest, so a robot that hears nothing more stops there.
 
-    q, dq, ddq: (n, dof).   fresh: how many of them are this control period's; the rest is the braking tail, for when nothing newer comes.
+    q, dq, ddq: (n, dof): a control period and behind it the braking tail, for when nothing newer comes.
     """
     t0: float
     dt: float
     q: np.ndarray
     dq: np.ndarray
     ddq: np.ndarray
-    fresh: int
 
 
 class Driver(Protocol):

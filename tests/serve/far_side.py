@@ -104,7 +104,7 @@ def drive(driver, spec: RobotSpec, q0: np.ndarray, seconds: float, target: Calla
             break
         body = limiter.follow(*target((first - start + (1 + np.arange(steps + 16)) * dt).clip(0)))
         tail = limiter.tail()
-        driver.write(Setpoints(first, dt, *(np.concatenate(x) for x in zip(body, tail, strict=True)), steps))
+        driver.write(Setpoints(first, dt, *(np.concatenate(x) for x in zip(body, tail, strict=True))))
         lates.append(late)
         if (state := driver.read()) is not None:
             rows.append((state.t - start, time.monotonic() - state.t, state.q, state.dq))

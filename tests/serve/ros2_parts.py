@@ -25,7 +25,7 @@ RATE, PERIOD, STEPS = 200.0, 0.02, 4
 
 def at_rest(q: Any, t0: float, n: int = 20) -> Setpoints:
     q = np.tile(np.asarray(q, float), (n, 1))
-    return Setpoints(t0, 1 / RATE, q, np.zeros_like(q), np.zeros_like(q), STEPS)
+    return Setpoints(t0, 1 / RATE, q, np.zeros_like(q), np.zeros_like(q))
 
 
 Course = Callable[[np.ndarray], np.ndarray]
@@ -52,7 +52,7 @@ class Commander:
         self.t += [first + i / RATE for i in range(STEPS)]
         self.q += list(body.q)
         parts = (np.concatenate(x) for x in zip(body, self.limiter.tail(), strict=True))
-        return Setpoints(first, 1 / RATE, *parts, STEPS)
+        return Setpoints(first, 1 / RATE, *parts)
 
     def due(self, t: np.ndarray) -> np.ndarray:
         """(n, dof) what was commanded at times t (n,)."""

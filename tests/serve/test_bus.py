@@ -55,7 +55,7 @@ class Servos:
 
 def to(q, n: int = 3) -> Setpoints:
     q = np.tile(np.asarray(q, float), (n, 1))
-    return Setpoints(time.monotonic(), 1 / 30, q, 0 * q, 0 * q, 1)
+    return Setpoints(time.monotonic(), 1 / 30, q, 0 * q, 0 * q)
 
 
 @pytest.fixture

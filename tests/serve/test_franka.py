@@ -129,7 +129,7 @@ def test_positions_velocities_and_torques_reach_the_tracker(monkeypatch):
     arm = Arm()
     driver = connected(monkeypatch, arm)
     q = np.full((1, 7), 0.25)
-    driver.write(Setpoints(time.monotonic(), 0.01, q, 0 * q, 6 * q, 1))
+    driver.write(Setpoints(time.monotonic(), 0.01, q, 0 * q, 6 * q))
     end = time.monotonic() + 2
     while not arm.targets:
         assert time.monotonic() < end
@@ -158,7 +158,7 @@ def test_the_configuration_builds_the_driver():
 
 
 def hold(q: np.ndarray) -> Setpoints:
-    return Setpoints(time.monotonic(), 0.01, q[None], 0 * q[None], 0 * q[None], 1)
+    return Setpoints(time.monotonic(), 0.01, q[None], 0 * q[None], 0 * q[None])
 
 
 # Real libfranka, simulated arm

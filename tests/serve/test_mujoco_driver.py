@@ -67,7 +67,7 @@ class Loop:
         self.sent = first + self.period
         out = self.limiter.brake() if body is None else self.limiter.follow(*body(first + (1 + np.arange(self.steps + 16)) / self.driver.rate))
         q, dq, ddq = (np.concatenate(x) for x in zip(out, self.limiter.tail(), strict=True))
-        self.driver.write(Setpoints(first, 1 / self.driver.rate, q, dq, ddq, self.steps))
+        self.driver.write(Setpoints(first, 1 / self.driver.rate, q, dq, ddq))
 
     def run(self, seconds: float, body=None, until=lambda state: False) -> None:
         end = time.monotonic() + seconds
@@ -161,14 +161,14 @@ def test_setpoints_that_break_a_limit_or_jump_are_refused_here(driver):
     q = np.asarray(state.info["commanded"])
     now = time.monotonic()
     with pytest.raises(DriverError, match=r"jerk of .*limiter"):
-        driver.write(Setpoints(now + 0.05, 0.005, np.repeat(q[None] - 0.0003, 5, 0), np.zeros((5, 4)), np.zeros((5, 4)), 4))
+        driver.write(Setpoints(now + 0.05, 0.005, np.repeat(q[None] - 0.0003, 5, 0), np.zeros((5, 4)), np.zeros((5, 4))))
     with pytest.raises(DriverError, match="velocity"):
-        driver.write(Setpoints(now + 0.05, 0.005, np.repeat(q[None] - 0.1, 5, 0), np.zeros((5, 4)), np.zeros((5, 4)), 4))
+        driver.write(Setpoints(now + 0.05, 0.005, np.repeat(q[None] - 0.1, 5, 0), np.zeros((5, 4)), np.zeros((5, 4))))
     with pytest.raises(DriverError, match="do not fit"):
-        driver.write(Setpoints(now, 0.01, q[None], q[None] * 0, q[None] * 0, 1))
-    driver.write(Setpoints(now + 0.1, 0.005, np.repeat(q[None], 5, 0), np.zeros((5, 4)), np.zeros((5, 4)), 4))
+        driver.write(Setpoints(now, 0.01, q[None], q[None] * 0, q[None] * 0))
+    driver.write(Setpoints(now + 0.1, 0.005, np.repeat(q[None], 5, 0), np.zeros((5, 4)), np.zeros((5, 4))))
     with pytest.raises(DriverError, match="forward in time"):
-        driver.write(Setpoints(now, 0.005, np.repeat(q[None], 5, 0), np.zeros((5, 4)), np.zeros((5, 4)), 4))
+        driver.write(Setpoints(now, 0.005, np.repeat(q[None], 5, 0), np.zeros((5, 4)), np.zeros((5, 4))))
 
 
 def test_stop_brings_it_to_rest_until_connected(driver):
@@ -205,7 +205,7 @@ def test_a_robot_that_died_or_stands_still_is_told(driver):
 
 def test_the_wrong_robot_or_none_is_told(driver):
     with pytest.raises(DriverError, match="connect before"):
-        driver.write(Setpoints(0.0, 0.005, np.zeros((1, 4)), np.zeros((1, 4)), np.zeros((1, 4)), 1))
+        driver.write(Setpoints(0.0, 0.005, np.zeros((1, 4)), np.zeros((1, 4)), np.zeros((1, 4))))
     with pytest.raises(DriverError, match="8 joints for task PandaPick"):
         driver.connect(PANDA)
     with pytest.raises(DriverError, match="did not start"):
@@ -250,7 +250,7 @@ def play_expert(driver: MujocoDriver, robot: RobotSpec, task, seed: int, how: st
         if loop.state.info["lost"]:  # a busy computer: what a bridge does then
             loop.limiter.reset(np.asarray(loop.state.info["commanded"]))
             if not loop.state.info["rest"]:
-                driver.write(Setpoints(now + loop.period, 1 / driver.rate, loop.limiter.q[None], loop.limiter.dq[None], loop.limiter.ddq[None], 1))
+                driver.write(Setpoints(now + loop.period, 1 / driver.rate, loop.limiter.q[None], loop.limiter.dq[None], loop.limiter.ddq[None]))
                 continue
             loop.sent, due = np.nan, 0.0
         if now >= due - 1e-6:

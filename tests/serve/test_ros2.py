@@ -19,7 +19,7 @@ from policy.serve.robot import DriverError, RobotSpec, Setpoints
 pytest.importorskip("cyclonedds", reason="pip install 'dipole[ros2]'")
 pytest.importorskip("ruckig", reason="pip install 'dipole[deploy]'")
 
-from tests.serve.ros2_parts import HOME, JOINTS, PERIOD, RATE, ROBOT, STEPS, Commander, Far, at_rest, connected, far, until, wave
+from tests.serve.ros2_parts import HOME, JOINTS, PERIOD, RATE, ROBOT, Commander, Far, at_rest, connected, far, until, wave
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,7 +126,7 @@ def test_stop_brakes_refuses_and_connect_starts_again(place, tmp_path):
     with far(place) as robot, connected(place) as (driver, _):
         t = np.arange(0, 2 * RATE + 1)[:, None] / RATE
         q, dq = HOME + 0.25 * (t - np.sin(np.pi * t) / np.pi), 0.5 * np.sin(np.pi * t / 2)**2 + np.zeros(3)
-        driver.write(Setpoints(time.monotonic(), 1 / RATE, q, dq, 0 * dq, STEPS))
+        driver.write(Setpoints(time.monotonic(), 1 / RATE, q, dq, 0 * dq))
         until(lambda: (s := driver.read()) and s.dq.min() > 0.45)
         driver.stop()
         with pytest.raises(DriverError, match="stopped"):

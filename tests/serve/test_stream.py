@@ -19,7 +19,7 @@ def ramp(t0: float, n: int = 5, dt: float = 0.1, start: float = 0.0) -> Setpoint
     q = start + np.arange(n)[:, None] * dt * np.ones(2)
     dq = np.ones((n, 2))
     dq[-1] = 0
-    return Setpoints(t0, dt, q, dq, 0 * q, 2)
+    return Setpoints(t0, dt, q, dq, 0 * q)
 
 
 class Toy(Streamed):
@@ -185,7 +185,7 @@ def test_after_stop_nothing_is_written_until_connect(toy):
                                     (np.zeros(2), r"\(n, 2\)")])
 def test_setpoints_that_are_none_are_refused(toy, q, why):
     with pytest.raises(DriverError, match=why):
-        toy.write(Setpoints(time.monotonic(), 0.01, q, 0 * np.nan_to_num(q), 0 * np.nan_to_num(q), 1))
+        toy.write(Setpoints(time.monotonic(), 0.01, q, 0 * np.nan_to_num(q), 0 * np.nan_to_num(q)))
 
 
 def test_nothing_works_before_connect_and_threads_end():

@@ -38,7 +38,7 @@ def driver(robot):
 
 
 def hold(q: np.ndarray) -> Setpoints:
-    return Setpoints(time.monotonic(), 1 / 500, q[None], 0 * q[None], 0 * q[None], 1)
+    return Setpoints(time.monotonic(), 1 / 500, q[None], 0 * q[None], 0 * q[None])
 
 
 def moving(driver: UrDriver, q0: np.ndarray) -> None:

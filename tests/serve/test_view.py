@@ -6,29 +6,30 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from policy.serve.bridge import Bridge
 from policy.serve.journal import Journal
-from policy.serve.view import View, bar
+from policy.serve.view import bar, facts, picture
 from scripts import deploy_page
 from tests.serve.fakes import ROBOT
 from tests.serve.test_bridge import Rig
 
 
-def shown(view: View) -> str:
+def shown(bridge: Bridge) -> str:
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(view.picture())
+    console.print(picture(json.loads(json.dumps(facts(bridge))), [1e-4]))
     return console.export_text()
 
 
 def test_the_live_picture_tells_mode_reason_joints_delays_and_counts():
     rig = Rig()
-    before = shown(View(rig.bridge))
+    before = shown(rig.bridge)
     assert "HOLD" in before and "waiting for the first plan" in before and "no plan" in before
     rig.run(2.0)
-    now = shown(View(rig.bridge))
+    now = shown(rig.bridge)
     assert "RUN" in now and "delay 60 ms" in now and "chunks" in now and all(j in now for j in ROBOT.joints) and "rad" in now
     rig.driver.broken = "cable out"
     rig.run(0.5)
-    assert "STOP" in shown(View(rig.bridge)) and "cable out" in shown(View(rig.bridge))
+    assert "STOP" in shown(rig.bridge) and "cable out" in shown(rig.bridge)
 
 
 @pytest.mark.parametrize("value, at", [(-1.0, 0), (0.0, 12), (0.999, 23), (5.0, 23), (-9.0, 0), (np.nan, 0)])
@@ -41,14 +42,16 @@ def test_the_journal_is_lines_of_json_and_its_numbers_are_those_of_the_run(tmp_p
     rig.bridge.journal = journal = Journal(tmp_path / "a" / "bridge.jsonl", keep=1.0)
     journal.start(ROBOT, {"scheduler": "normal"})
     rig.run(3.0)
-    facts = journal.finish(dict(rig.bridge.counts), rig.bridge.limiter)
+    numbers = journal.finish(dict(rig.bridge.counts), rig.bridge.limiter)
     journal.close()
     rows = [json.loads(line) for line in (tmp_path / "a" / "bridge.jsonl").read_text().splitlines()]
     assert [r["event"] for r in rows if r["event"] != "second"][:3] == ["start", "chunk", "mode"]
     assert sum(r["event"] == "chunk" for r in rows) == rig.bridge.counts["chunks"]
-    assert facts["ticks"] == ROBOT.rate and facts["late_ms"]["max"] == 0 and facts["modes"] == {"RUN": 1.0}  # of the second that is kept
-    assert abs(facts["delay_steps"]["p50"] - (0.04 + 0.02) / 0.05) < 1e-6
-    journal.robot, obtained = ROBOT, {**facts, "obtained": {"scheduler": "normal"}}
+    assert numbers["ticks"] == 3 * ROBOT.rate and numbers["late_ms"]["max"] == 0 and numbers["modes"] == {"RUN": 1.0}  # of the second that is kept
+    a = journal.arrays()
+    assert len(a["t"]) == ROBOT.rate and np.allclose(np.diff(a["t"]), 1 / ROBOT.rate) and np.array_equal(a["q"][-1], rig.bridge.limiter.q)
+    assert abs(numbers["delay_steps"]["p50"] - (0.04 + 0.02) / 0.05) < 1e-6
+    journal.robot, obtained = ROBOT, {**numbers, "obtained": {"scheduler": "normal"}}
     deploy_page.timeline(tmp_path / "timeline.png", journal, ROBOT)
     assert (tmp_path / "timeline.png").stat().st_size > 20_000
     assert "control lateness" in deploy_page.cards(obtained) and "waiting" not in deploy_page.events(journal)

@@ -24,7 +24,7 @@ from policy.serve.realtime import claim
 from policy.serve.robot import DriverError, RobotSpec, RobotState, Setpoints
 
 CONNECT, WRITE, STOP, STATE, FAULT, GONE = b"c", b"w", b"s", b"S", b"F", b"G"
-HEAD, POINT = struct.Struct("<ddqq"), struct.Struct("<dq")  # t0, dt, fresh, setpoints; t, joints
+HEAD, POINT = struct.Struct("<ddq"), struct.Struct("<dq")  # t0, dt, setpoints; t, joints
 GRACE = 0.15  # s that the way through the process may add to `stale`
 
 
@@ -87,7 +87,7 @@ class Apart:
         self._hear()
         self._check_heard()  # a process that no longer reads would block us
         arrays = np.stack([setpoints.q, setpoints.dq, setpoints.ddq]).astype("<f8").tobytes()
-        self._send(WRITE + HEAD.pack(setpoints.t0, setpoints.dt, setpoints.fresh, len(setpoints.q)) + arrays)
+        self._send(WRITE + HEAD.pack(setpoints.t0, setpoints.dt, len(setpoints.q)) + arrays)
 
     def stop(self) -> None:
         if self._process is not None and not self._stopped:
@@ -145,9 +145,9 @@ def unpack_state(said: bytes) -> RobotState:
 
 
 def unpack_setpoints(said: bytes) -> Setpoints:
-    t0, dt, fresh, n = HEAD.unpack_from(said)
+    t0, dt, n = HEAD.unpack_from(said)
     q, dq, ddq = np.frombuffer(said[HEAD.size:], "<f8").reshape(3, n, -1)
-    return Setpoints(t0, dt, q, dq, ddq, fresh)
+    return Setpoints(t0, dt, q, dq, ddq)
 
 
 def serve(line: Connection, driver: Streamed) -> None:

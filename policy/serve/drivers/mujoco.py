@@ -23,20 +23,20 @@ ROOT = Path(__file__).parents[3]
 class MujocoDriver:
     """A task of envs/ played as a robot in real time.
 
-    port: of a robot that runs already; None starts one with this task, its `options`, a recording at `log` (.npz, written when it ends), `priority`
-    (SCHED_FIFO, where the system allows) and `extra` arguments of its command line.   silent: control periods without a state after which read() says
-    that the robot is gone.
+    port: of a robot that runs already; None starts one with this task, its `options`, a recording of the last `keep` minutes at `log` (.npz, written when
+    it ends), `priority` (SCHED_FIFO, where the system allows) and `extra` arguments of its command line.   silent: control periods without a state after
+    which read() says that the robot is gone.
 
     RobotState.info: commanded (dof,), rest (nothing left to play), success, success_at [s], elapsed [s], over, seed, episode, metrics, watchdog, stopped,
     fault, peak (3, dof: largest commanded velocity, acceleration, jerk of the episode), late, late_max [s], refused {reason: packets}, and lost: the
     last setpoints were refused (`why`), so the robot brakes; once it is at rest, whoever plans goes on from `commanded`.
     """
 
-    def __init__(self, task: str, *, port: int | None = None, options: dict[str, Any] | None = None, log: str | None = None, priority: int = 20,
-                 silent: float = 3.0, extra: Sequence[str] = ()):
+    def __init__(self, task: str, *, port: int | None = None, options: dict[str, Any] | None = None, log: str | None = None, keep: float = 10.0,
+                 priority: int = 20, silent: float = 3.0, extra: Sequence[str] = ()):
         self.task, self.port, self.silent = task, port, silent
         self._command = [sys.executable, "-m", "envs.robot", "--task", task, "--options", json.dumps(options or {}), "--priority", str(priority),
-                         "--with-parent", *(["--log", str(Path(log).absolute())] if log else []), *map(str, extra)]
+                         "--with-parent", *(["--log", str(Path(log).absolute()), "--keep", str(keep)] if log else []), *map(str, extra)]
         self._spawn = port is None
         self.process: subprocess.Popen[bytes] | None = None
         self.facts: dict[str, Any] = {}

@@ -171,7 +171,7 @@ class Ros2Driver:
         if self.controller == "joint_trajectory" and (age < self.stale).all():
             to, seconds = hold(q + age * dq, dq, self.robot, 2 * self.spacing)
             for writer, _, at in self.outputs:
-                end = Setpoints(seconds, 1.0, to[None, at], np.zeros((1, len(at))), np.zeros((1, len(at))), 1)
+                end = Setpoints(seconds, 1.0, to[None, at], np.zeros((1, len(at))), np.zeros((1, len(at))))
                 self._send(writer, trajectory(end, [self.joints.names[i] for i in at], 0.0, self.spacing, self.spacing))
 
     def close(self) -> None:
