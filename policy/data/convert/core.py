@@ -12,10 +12,11 @@ from policy.data.convert.keep import write_keep
 from policy.data.convert.mapping import Rules
 from policy.data.convert.plan import Plan
 from policy.data.convert.source import Source
+from policy.data.convert.store import detects as is_store
 from policy.data.files import DataError
 from policy.data.store import Store
 
-FORMATS = ("robomimic", "d4rl", "minari", "npz", "lerobot", "rosbag")  # modules of this package; the first line of each says what it looks for
+FORMATS = ("robomimic", "d4rl", "minari", "npz", "store", "lerobot", "rosbag")  # modules of this package; the first line of each says what it looks for
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 Progress = Callable[[int, int, int], None]  # episodes done, of how many, steps done
 
@@ -94,19 +95,12 @@ def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, A
         return Converted(dst, source.format, store.episodes, store.steps, plan.names, tuple([*source.notes, *plan.notes]))
 
 
-def is_store(path: Path) -> bool:
-    """Whether dipole wrote it; others' zarr is a format to convert from."""
-    try:
-        return path.exists() and "action_semantics" in Store.open(path).attrs
-    except DataError:
-        return False
-
-
 def _back(src: Path, dst: Path, rules: Rules) -> Converted:
     store = Store.open(src)
     name = rules.format or (store.attrs.get("source") or {}).get("format")
     if not name:
-        raise DataError(f"{src} is a store of dipole already. To write it in another format name that: format=… ({', '.join(writers())})")
+        raise DataError(f"{src} is a store of dipole already. To write it in another format name that: format=… ({', '.join(writers())}); "
+                        "format=store makes a new one with other names or another rate")
     if name not in writers():
         raise DataError(f"{name} is read but not written. Write one of: format=… ({', '.join(writers())})")
     with beside(dst) as part:

@@ -50,6 +50,8 @@ class Plan:
             schema["action"] = _composed(source, parts)
         fps, clock = _rate(source, rules)
         semantics = Semantics.from_json({**_meant(source, rules, parts, stored).to_json(), **(rules.action or {})})
+        if semantics.of:
+            semantics = replace(semantics, of=stored.get(semantics.of, semantics.of))
         if left := [k for k in source.schema if k not in stored and k not in empty]:
             notes.append(f"left out as asked: {', '.join(left)}")
         plan = cls(source, rules, stored, schema, fps, semantics, {}, {}, [] if one else parts, clock, notes)
@@ -95,8 +97,8 @@ class Plan:
         said = self.source.obs if self.rules.obs is None else self.rules.obs
         if said is None:
             numbers = [k for k in self.names if self.schema[self.names[k]][1].kind in "fiub" and len(self.source.schema[k][0]) < 3]
-            acts = {p.key for p in self.parts} | {k for k in numbers if self.names[k] == "action"}
-            free = [k for k in numbers if k not in acts and not NO_OBSERVATION.fullmatch(k)]
+            hidden = {p.key for p in self.parts if not p.shift} | {k for k in numbers if self.names[k] == "action"} | {self.rules.clock or self.source.clock}
+            free = [k for k in numbers if k not in hidden and not NO_OBSERVATION.fullmatch(k)]
             return {s: s for s in (self.names[k] for k in [k for k in free if OBSERVED.match(k)] or free)}
         named = dict(said) if isinstance(said, Mapping) else {self.names.get(k, k): k for k in said}
         out = {}

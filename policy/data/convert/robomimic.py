@@ -42,7 +42,7 @@ def read(path: Path, *, mask: str | None = None) -> Source:
         keep = {"attrs": {"/": h5.attrs_of(f), "data": head, **{top: h5.attrs_of(f[top]) for top in others}}, "filters": _filters(f["data"][names[0]], schema),
                 "arrays": {k: h5.whole(d) for top in others for k, d in _below(f, top)}, "episodes": each}
         env = _json(head.get("env_args")) or _json(head.get("env_info"))
-        clock = None if "env_args" in head or "states" not in schema else "states[0]"
+        clock = "states[0]" if "repository_version" in head and "states" in schema else None  # robosuite's own collector: [time, qpos, qvel]
         fps = _rate(env, f["data"][names[0]]["states"][:, 0] if clock else None)
     action, parts = ("actions", None) if "actions" in schema else (None, [p for p in PARTS if p in schema] or None)
     semantics = _semantics(env, schema["actions"][0]) if action else _old(schema, parts) if parts else Semantics()
