@@ -1,19 +1,15 @@
-"""Demonstrations from a scripted expert: of our own tasks in batches, of other packages' environments one by one in processes."""
+"""Demonstrations from a scripted expert: of our own tasks in batches, of other packages' environments one by one; in processes or on a cluster."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import pickle
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
-from itertools import count, islice
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
 
+from envs.crew import Crew, crew_of, do
 from envs.simulator import Simulator, State
 from envs.task import Task
 
@@ -25,47 +21,64 @@ Episode = dict[str, Any]
 
 def demonstrations(
     task: Task,
-    expert_factory: Callable[[int, int], Any],
+    expert_factory: Callable[[int, int], Any] | None,
     episodes: int,
     *,
     seed: int = 10_000,
     noise: Noise = None,
     batch: int = HOPELESS,
+    crew: Crew | None = None,
 ) -> Iterator[Episode]:
     """Yield episodes that succeed: {observation key: (t, ...), "action": (t, d) float32, "seed": the initial state's}.
 
-    expert_factory(n, seed) makes a controller of n envs (task.expert is one). Gaussian noise, a standard deviation per action
+    expert_factory(n, seed) makes a controller of n envs; task.expert when absent. Gaussian noise, a standard deviation per action
     dimension (default: the task's expert_noise), is added to what is executed but not to what is recorded: so states off the
-    expert's path come with the action that leads back. Seeds count up from `seed`; failed ones are skipped.
+    expert's path come with the action that leads back. Seeds count up from `seed`; failed ones are skipped. Whoever of `crew` does
+    it (default: this process, in threads), episodes are the same: each batch of seeds draws its noise from its first seed.
     """
-    rng = np.random.default_rng(seed)
-    found = 0
-    while found < episodes:
-        seeds = list(range(seed, seed + batch))
-        seed += batch
-        before = found
-        for episode in _roll(task, expert_factory(batch, seeds[0]), seeds, task.expert_noise if noise is None else noise, rng):
-            if found < episodes:
-                found += 1
-                yield episode
-        if found == before:
+    expert = expert_factory or task.expert
+    who = crew or Crew()
+    work = partial(_batch, noise=task.expert_noise if noise is None else noise, threads=who.threads)
+    for seeds, found in do(who, work, partial(_both, task, expert), batched(seed, batch)):
+        if not found:
             raise RuntimeError(f"the expert of {task.name} failed from all of seeds {seeds[0]}..{seeds[-1]}")
+        yield from found[:episodes]
+        episodes -= len(found)
+        if episodes <= 0:
+            return
+
+
+def batched(seed: int, batch: int) -> Iterator[list[int]]:
+    """Seeds from `seed` on, in lists of so many."""
+    return (list(range(first, first + batch)) for first in count(seed, batch))
+
+
+def _both(task: Task, expert: Callable[[int, int], Any]) -> tuple[Task, Callable[[int, int], Any]]:
+    return task, expert
+
+
+def _batch(made: tuple[Task, Callable[[int, int], Any]], seeds: list[int], noise: float | tuple[float, ...],
+           threads: int | None) -> list[Episode]:
+    task, expert = made
+    return list(_roll(task, expert(len(seeds), seeds[0]), seeds, noise, np.random.default_rng(seeds[0]), threads))
 
 
 def from_env(
-    factory: Callable[[], Any], episodes: int, *, seed: int = 10_000, noise: Noise = None, workers: int | None = None
+    factory: Callable[[], Any], episodes: int, *, seed: int = 10_000, noise: Noise = None, workers: int | None = None, crew: Crew | None = None
 ) -> Iterator[Episode]:
     """`demonstrations` of a gymnasium.Env with expert(seed) and info["success"], as envs.adapter.Adapter is one.
 
     factory makes one copy and can be pickled. workers: spawned processes, one copy in each (default: a process per CPU); 0 runs in
-    this one. Episodes are the same for any number: each draws its noise from its own seed.
+    this one. crew: who else does it. Episodes are the same for any number: each draws its noise from its own seed.
     """
+    if episodes <= 0:
+        return
     failed = 0
-    for at, episode in _from_seeds(factory, seed, noise, workers):
+    for at, episode in do(crew or crew_of(workers), partial(run, noise=noise), factory, count(seed)):
         failed = 0 if episode else failed + 1
         if failed == HOPELESS:
             raise RuntimeError(f"the expert failed from all of seeds {at - HOPELESS + 1}..{at}. Lower noise={noise}, or watch one of them")
-        if episode and episodes:
+        if episode:
             episodes -= 1
             yield episode
         if not episodes:
@@ -78,46 +91,13 @@ def attempts(task: Any, episodes: int, *, seed: int, workers: int | None = None)
     task: a Task, or a factory as `from_env` takes it.
     """
     if not isinstance(task, Task):
-        for at, episode in islice(_from_seeds(task, seed, 0.0, workers), episodes):
+        for at, episode in do(crew_of(workers), partial(run, noise=0.0), task, range(seed, seed + episodes)):
             yield at, None if episode is None else len(episode["action"]) - KEEP
         return
     for first in range(seed, seed + episodes, HOPELESS):
         seeds = list(range(first, min(first + HOPELESS, seed + episodes)))
         found = {e["seed"]: len(e["action"]) - KEEP for e in _roll(task, task.expert(len(seeds), first), seeds, 0.0, np.random.default_rng(first))}
         yield from ((each, found.get(each)) for each in seeds)
-
-
-def _from_seeds(factory: Callable[[], Any], seed: int, noise: Noise, workers: int | None) -> Iterator[tuple[int, Episode | None]]:
-    """Seeds and their episodes, in order, None where the expert failed."""
-    workers = os.cpu_count() or 1 if workers is None else workers
-    if not workers:
-        env = factory()
-        try:
-            for each in count(seed):
-                yield each, run(env, each, noise)
-        finally:
-            env.close()
-    made = pickle.dumps(factory)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        seeds = count(seed)
-        ahead = deque((each, pool.submit(_in_worker, made, each, noise)) for each in islice(seeds, 2 * workers))
-        while True:
-            at, future = ahead.popleft()
-            yield at, future.result()
-            ahead.append((each := next(seeds), pool.submit(_in_worker, made, each, noise)))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _in_worker(factory: bytes, seed: int, noise: Noise) -> Episode | None:
-    return run(_made(factory), seed, noise)
-
-
-@lru_cache(maxsize=1)
-def _made(factory: bytes) -> Any:
-    """A process's copy; the bytes come from the process that started it."""
-    return pickle.loads(factory)()
 
 
 def run(env: Any, seed: int, noise: Noise = None) -> Episode | None:
@@ -139,10 +119,11 @@ def run(env: Any, seed: int, noise: Noise = None) -> Episode | None:
     return {**{key: np.stack([each[key] for each in observed]) for key in obs}, "action": np.stack(actions), "seed": seed}
 
 
-def _roll(task: Task, expert: Any, seeds: list[int], noise: float | tuple[float, ...], rng: np.random.Generator) -> Iterator[Episode]:
+def _roll(task: Task, expert: Any, seeds: list[int], noise: float | tuple[float, ...], rng: np.random.Generator,
+          threads: int | None = None) -> Iterator[Episode]:
     """Run one batch past success, which would end an episode of the environment; cut each where KEEP says."""
     envs = np.arange(len(seeds))
-    simulator = Simulator(task.model, len(seeds), substeps=task.substeps)
+    simulator = Simulator(task.model, len(seeds), substeps=task.substeps, threads=threads)
     state = State.stack([task.reset(each) for each in seeds])
     simulator.write(envs, state)
     first = np.full(len(seeds), -1)  # the step whose action brought success

@@ -49,7 +49,8 @@ class Record(gymnasium.Wrapper):
         if taken := keys & {"action", "reward"}:
             raise ValueError(f"an observation is called {sorted(taken)[0]!r}, as a recording calls the action or the reward: rename it with a wrapper")
         self._seen: Any = None
-        self._frames, self._success, self._info = 0, False, {}
+        self._frames, self._success = 0, False
+        self._info: Info = {}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Info]:
         self._finish(self.cut)

@@ -9,21 +9,24 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from policy.data.store import Store
+from policy.data.record import Recorder
+from policy.data.store import DataError, Store
 from policy.train.log import bar, console
 from scripts.common import plain, whole
 from scripts.verb import verb
 
 
-def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, workers: int | None = None, recording: str | None = None,
-            env: dict[str, Any] | None = None) -> Store:
+def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, workers: int | None = None, ray: str | None = None,
+            recording: str | None = None, env: dict[str, Any] | None = None) -> Store:
     """task: an envs.task.Task, or a function without arguments that makes one environment with an expert (envs.adapter.Adapter).
 
     recording: a file of human demonstrations that the environment can read (`recorded`), taken as it is instead of the expert.
+    workers, ray: who does it, see envs.crew.crew_of; the episodes are the same. A task of ours is simulated by threads of this process when neither is said.
     env: the task's settings, kept in the store so that training on them for another is refused (common.check_settings).
     Append-safe: an interrupted run leaves a store that opens with the episodes written so far.
     """
     from envs.collect import demonstrations, from_env
+    from envs.crew import crew_of
     from envs.task import Task
     found: Iterator[dict[str, Any]]
     if recording is not None and not hasattr(getattr(task, "func", task), "recorded"):
@@ -31,27 +34,29 @@ def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, work
     if isinstance(task, Task):
         facts, fps = task, task.fps
         task.expert(1, seed)  # a task without one says so before anything is written
-        found = demonstrations(task, task.expert, episodes, seed=seed, noise=noise)
+        found = demonstrations(task, None, episodes, seed=seed, noise=noise, crew=None if workers is None and ray is None else crew_of(workers, ray))
     else:
         facts = task()
         fps = facts.metadata["render_fps"]
         facts.close()
         if recording is None:
             facts.expert(seed)
-            found = from_env(task, episodes, seed=seed, noise=noise, workers=workers)
+            found = from_env(task, episodes, seed=seed, noise=noise, crew=crew_of(workers, ray))
         else:
             found = islice(facts.recorded(recording), episodes)
     schema: dict[str, Any] = {**{k: (v.shape, v.dtype) for k, v in facts.observation_space.spaces.items()}, "action": (facts.action_space.shape, "float32")}
     check_noise(noise, facts.action_space.shape[0])
-    store = Store.create(path, schema, fps=fps, units=facts.units, action_semantics=facts.action_semantics,
-                         attrs={"task": facts.name, **({"env": env} if env else {}),
-                                **({"expert": "scripted", "first_seed": seed} if recording is None else {"expert": "recorded"})})
-    with bar() as progress:
-        bar_task = progress.add_task("collect", total=episodes if recording is None else None, note="")
+    if path.exists():
+        raise DataError(f"{path} already holds data and is not overwritten. Choose another path, or remove it yourself; dipole data merge joins datasets")
+    shown = {"expert": "scripted", "first_seed": seed} if recording is None else {"expert": "recorded"}
+    attrs = {"task": facts.name, **({"env": env} if env else {}), **shown}
+    with Recorder(path, fps=fps, schema=schema, units=facts.units, action_semantics=facts.action_semantics, attrs=attrs) as recorder, bar() as progress:
+        bar_task, steps = progress.add_task("collect", total=episodes if recording is None else None, note=""), 0
         while chunk := [{k: v for k, v in e.items() if k != "seed"} for e in islice(found, 25)]:
-            store.extend(chunk)
-            progress.update(bar_task, completed=store.episodes, note=f"{store.steps} steps")
-    return store
+            recorder.extend(chunk)
+            steps += sum(len(e["action"]) for e in chunk)
+            progress.update(bar_task, completed=recorder.episodes, note=f"{steps} steps")
+    return Store.open(path)
 
 
 def check_noise(noise: Any, dims: int) -> None:
@@ -69,7 +74,7 @@ def main(cfg: DictConfig) -> None:
     whole(0, seed=cfg.seed, **({} if cfg.workers is None else {"workers": cfg.workers}))
     noise = plain(cfg.noise) if OmegaConf.is_config(cfg.noise) else cfg.noise
     task, path, tick = instantiate(cfg.env), Path(cfg.path), time.perf_counter()
-    store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=noise, workers=cfg.workers, recording=cfg.recording,
+    store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=noise, workers=cfg.workers, ray=cfg.ray, recording=cfg.recording,
                     env=plain(cfg.env))
     line = f"[bold]{store.episodes} demonstrations, {store.steps} steps in {time.perf_counter() - tick:.1f} s[/]"
     console.print(f"{line}: {path}", highlight=False, soft_wrap=True)

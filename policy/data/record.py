@@ -6,7 +6,7 @@ episode whose `end` returned, and at most the running one is lost (policy.data.s
 import os
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,7 @@ class Recorder:
     def add(self, frame: Frame) -> None:
         """One control step {key: array of one frame}. DataError when keys, shapes or kinds of numbers are not those of the first."""
         self._complain()
-        if self._store is None:
-            self._store = self._made(frame)
-            self._lock = self._locked()
+        self._open(frame)
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name=f"recorder of {self.path.name}", daemon=True)
             self._thread.start()
@@ -92,17 +90,18 @@ class Recorder:
         if self._thread is not None and self._thread.is_alive():
             self._ask("discard")
 
-    def episode(self, episode: Mapping[str, np.ndarray]) -> int:
-        """A whole one {key: (n, *shape)} at once; its number."""
+    def extend(self, episodes: Iterable[Mapping[str, np.ndarray]]) -> None:
+        """Whole ones {key: (n, *shape)} at once, several in about the time of one."""
         if self.frames:
             raise DataError(f"{self.path}: {self.frames} frames of another episode were added and not ended. end() or cancel() it first")
-        if not (lengths := {key: len(x) for key, x in episode.items()}) or len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise DataError(f"{self.path}: an episode needs the same number of frames (at least 1) in every key, got {lengths}")
-        if self._store is None:
-            self._store = self._made({key: x[0] for key, x in episode.items()})
-            self._lock = self._locked()
-        self._store.append({key: self._cast(key, x, (len(x), *self._schema_of(key)[0])) for key, x in episode.items()})
-        return self.episodes - 1
+        ready = []
+        for episode in episodes:
+            if not (lengths := {key: len(x) for key, x in episode.items()}) or len(set(lengths.values())) != 1 or 0 in lengths.values():
+                raise DataError(f"{self.path}: an episode needs the same number of frames (at least 1) in every key, got {lengths}")
+            self._open({key: x[0] for key, x in episode.items()})
+            ready.append({key: self._cast(key, x, (len(x), *self._schema_of(key)[0])) for key, x in episode.items()})
+        if self._store is not None:
+            self._store.extend(ready)
 
     def close(self) -> None:
         """Stop the thread; an episode that was not ended is forgotten, as if the process had died."""
@@ -188,10 +187,14 @@ class Recorder:
         self._schema = store.schema
         return store
 
-    def _made(self, frame: Frame) -> Store:
+    def _open(self, frame: Frame) -> None:
+        """Make the dataset for frames like this one, where there is none yet."""
+        if self._store is not None:
+            return
         if self._schema is None:
             self._schema = {key: (np.shape(x), _kept(np.asarray(x).dtype)) for key, x in frame.items()}
-        return Store.create(self.path, self._schema, fps=self.fps, **self._facts)
+        self._store = Store.create(self.path, self._schema, fps=self.fps, **self._facts)
+        self._lock = self._locked()
 
     def _locked(self) -> int:
         """One recorder at a time; the system lets go of a dead one's lock."""

@@ -26,11 +26,14 @@ def assert_same(store: Store, episodes) -> None:
     """Every bit of every episode."""
     assert store.episodes == len(episodes)
     for i, want in enumerate(episodes):
-        got = store.episode(i)
-        assert set(got) == set(want)
-        for key in want:
-            assert got[key].dtype == want[key].dtype
-            np.testing.assert_array_equal(got[key], want[key])
+        assert_equal(store.episode(i), want)
+
+
+def assert_equal(got, want) -> None:
+    assert set(got) == set(want)
+    for key in want:
+        assert got[key].dtype == want[key].dtype
+        np.testing.assert_array_equal(got[key], want[key])
 
 
 def foreign(path: Path, zarr_format: int, episodes=EPISODES, chunk: int = 8, **how) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import zarr.storage._local as local
-from data_cases import SCHEMA, assert_same, make_episode
+from data_cases import SCHEMA, assert_equal, assert_same, make_episode
 
 from policy.data import DataError, Recorder, Store, record
 
@@ -105,7 +105,7 @@ def record_step_by_step(path: Path, acknowledged: Path) -> None:
             recorder.add({key: x[k] for key, x in frames.items()})
         if i % 5 == 4 and not recorder.frames % 2:
             recorder.cancel()
-            recorder.episode(frames)
+            recorder.extend([frames])
         else:
             recorder.end()
         os.write(log, b"%d\n" % i)
@@ -116,7 +116,7 @@ def kill_repeatedly(path: Path, kills: int, seed: int, write=record_forever) -> 
     context.set_forkserver_preload(["policy.data.record", "data_cases"])
     Store.create(path, SCHEMA, fps=10)
     acknowledged = path.with_suffix(".log")
-    for _ in range(kills):
+    for kill in range(kills):
         recorder = context.Process(target=write, args=(path, acknowledged), daemon=True)
         before = acknowledged.stat().st_size if acknowledged.exists() else 0
         recorder.start()
@@ -131,7 +131,8 @@ def kill_repeatedly(path: Path, kills: int, seed: int, write=record_forever) -> 
         last = int(acknowledged.read_text().split()[-1])
         store = Store.open(path)
         assert last + 1 <= store.episodes <= last + 2  # the one after may be complete and not yet acknowledged
-        assert_same(store, [episode(i) for i in range(store.episodes)])
+        for i in range(0 if kill % 25 == 0 or kill == kills - 1 else max(0, store.episodes - 12), store.episodes):  # all of them now and then
+            assert_equal(store.episode(i), episode(i))
     return store.episodes
 
 

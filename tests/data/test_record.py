@@ -30,7 +30,7 @@ def test_what_is_recorded_is_what_was_added(tmp_path, small_blocks):
             assert recorder.end() == i
         add_all(recorder, make_episode(9, 40))
         recorder.cancel()
-        assert recorder.episode(EPISODES[2]) == 2
+        recorder.extend([EPISODES[2]])
         add_all(recorder, EPISODES[3])
         recorder.end()
         add_all(recorder, make_episode(8, 40))  # never ended
@@ -92,7 +92,7 @@ def test_a_frame_that_does_not_fit_is_refused_and_the_episode_goes_on(tmp_path, 
 
 def test_two_recorders_do_not_share_a_dataset(tmp_path):
     one = Recorder(tmp_path / "d.zarr", fps=10)
-    one.episode(EPISODES[0])
+    one.extend([EPISODES[0]])
     with pytest.raises(DataError, match="another recorder writes to it"):
         Recorder(tmp_path / "d.zarr", fps=10)
     one.close()
@@ -111,7 +111,7 @@ def test_a_full_disk_loses_the_episode_and_says_so_and_the_next_one_is_kept(tmp_
             raise OSError(28, "No space left on device")
         return real(path, value, exclusive)
     with Recorder(tmp_path / "d.zarr", fps=10, schema=SCHEMA) as recorder:
-        recorder.episode(EPISODES[0])
+        recorder.extend([EPISODES[0]])
         monkeypatch.setattr(local, "_put", full)
         with pytest.raises(DataError, match="No space left"):
             add_all(recorder, make_episode(1, 30))
@@ -132,7 +132,7 @@ def test_a_disk_that_is_too_slow_is_an_error_not_an_empty_memory(tmp_path, small
         time.sleep(0.02)
         return real(path, value, exclusive)
     with Recorder(tmp_path / "d.zarr", fps=10, schema=SCHEMA, memory=3000) as recorder:
-        recorder.episode(EPISODES[0])
+        recorder.extend([EPISODES[0]])
         monkeypatch.setattr(local, "_put", slow)
         with pytest.raises(DataError, match=r"the disk is slower.*memory="):
             add_all(recorder, make_episode(1, 300))

@@ -1,5 +1,7 @@
 """Demonstrations from environments of another make: what is recorded, from which seeds, and that processes change nothing."""
 
+import os
+import sys
 from functools import partial
 
 import gymnasium
@@ -7,7 +9,9 @@ import numpy as np
 import pytest
 
 from envs.adapter import Adapter, need, seen
-from envs.collect import HOPELESS, KEEP, from_env, run
+from envs.collect import HOPELESS, KEEP, demonstrations, from_env, run
+from envs.crew import Processes, crew_of
+from envs.gantry import Gantry
 from envs.task import box
 
 
@@ -80,6 +84,44 @@ def test_processes_yield_the_same_episodes_in_the_same_order():
             np.testing.assert_array_equal(one[key], other[key])
     kicks = {round(float(each["x"][1, 0] - each["x"][0, 0]), 4) for each in here}  # the first step of each, at full speed but for the noise
     assert len(kicks) > 3
+
+
+def assert_equal(here, there):
+    assert [each["seed"] for each in here] == [each["seed"] for each in there]
+    for one, other in zip(here, there, strict=True):
+        assert set(one) == set(other)
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_a_task_of_ours_is_collected_alike_by_threads_and_by_processes():
+    task = Gantry()
+    here = list(demonstrations(task, None, 12, batch=5))
+    assert_equal(here, list(demonstrations(task, None, 12, batch=5, crew=Processes(2))))
+    assert len(here) == 12
+
+
+@pytest.fixture(scope="module")
+def ray():
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'dipole[ray]'")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}})
+    yield ray
+    ray.shutdown()
+
+
+def test_a_ray_cluster_collects_the_same(ray):
+    task = Gantry()
+    assert_equal(list(demonstrations(task, None, 12, batch=5)), list(demonstrations(task, None, 12, batch=5, crew=crew_of(ray="auto"))))
+    assert_equal(list(from_env(partial(Line, traps=4), 9, seed=7, workers=0)), list(from_env(partial(Line, traps=4), 9, seed=7, crew=crew_of(3, "auto"))))
+    with pytest.raises(ZeroDivisionError, match="the line broke"):
+        list(from_env(partial(Line, breaks=9), 9, seed=7, crew=crew_of(ray="auto")))
+    assert ray.is_initialized()  # a cluster that was there is left as it was
+
+
+def test_a_cluster_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"dipole\[ray\]"):
+        crew_of(ray="auto")
 
 
 def test_an_expert_that_never_succeeds_is_given_up():
