@@ -24,7 +24,7 @@ from scripts.export_page import show, write_page
 from scripts.policies import policy_of
 from scripts.verb import verb
 
-FREE = {"run", "format", "checkpoint", "precision", "out", "observations", "rounds", "sampler", "guide", "control", "trust", "threads", "data"}
+FREE = {"run", "format", "checkpoint", "precision", "out", "observations", "rounds", "sampler", "guide", "control", "trust", "threads", "data", "robot"}
 Rows = dict[str, dict[str, Any]]
 
 

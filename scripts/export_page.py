@@ -41,8 +41,9 @@ def write_page(out: Path, card: Card) -> Path:
     facts = card.facts
     about = {"model": card.model_id, "task": card.task, "observations": ", ".join(f"{k} {tuple(v)}" for k, v in card.obs.items()),
              "actions": f"{card.horizon} × {card.action_dim}, every {card.dt:g} s", "meaning": card.action_semantics, "units": card.units,
-             "range": ", ".join(f"{a:.3g} … {b:.3g}" for a, b in zip(card.lower, card.upper, strict=True)), "merges": ", ".join(card.merges),
-             "network calls": facts["solver"]["calls"], "from": f"{facts['run']}/{facts['checkpoint']}, step {facts['step']}"}
+             "joints": ", ".join(f"{name} [{unit}]" for name, unit in zip(card.joints, card.joint_units, strict=True)),
+             "range of the demonstrations": ", ".join(f"{a:.3g} … {b:.3g}" for a, b in zip(card.seen_low, card.seen_high, strict=True)),
+             "merges": ", ".join(card.merges), "network calls": facts["solver"]["calls"], "from": f"{facts['run']}/{facts['checkpoint']}, step {facts['step']}"}
     return page.write(out / "report.html", f"export of {card.task}", [
         f"<header><div class='over'>export</div><h1>{escape(card.task or 'policy')} as {escape(facts['format'])}, {escape(facts['precision'])}</h1></header>",
         _table((), [[k, str(v)] for k, v in about.items() if v]),

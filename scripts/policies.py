@@ -1,16 +1,21 @@
 """The policy of a run behind the one call that plans: what serve and export begin with."""
 import logging
+from collections.abc import Sequence
+from importlib.resources import files as files_of
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+import conf
 from policy.nets.fast import quick
 from policy.serve.backend import PlannerBackend
 from policy.serve.card import Backend
+from policy.serve.expect import plain
 from policy.serve.fastplan import FastPlan
 from policy.train import checkpoint
+from policy.types import Spec
 from scripts import common
 
 log = logging.getLogger("dipole.serve")
@@ -27,7 +32,24 @@ def policy_of(cfg: DictConfig, folder: Path, device: str = "cpu", **origin: Any)
     config = {**facts["planner"], "sampler": sampler, "guides": guides}
     origin = {"run": folder.resolve().name, "checkpoint": cfg.checkpoint, "step": facts["step"], "dipole": checkpoint.versions()["dipole"],
               "control": {k: control[k] for k in ADVICE if k in control}, "sampler": sampler, "calls": planner.calls, "precision": cfg.precision, **origin}
-    return PlannerBackend(planner, {**config, "precision": cfg.precision}, facts=origin, **{k: control[k] for k in PLANS if k in control}), config
+    names, units = joints_of(cfg, planner.spec)
+    return PlannerBackend(planner, {**config, "precision": cfg.precision}, facts=origin, joints=names, joint_units=units,
+                          **{k: control[k] for k in PLANS if k in control}), config
+
+
+def joints_of(cfg: DictConfig, spec: Spec) -> tuple[Sequence[str], Sequence[str]]:
+    """Names and units of the action dimensions: of robot=NAME, else of the robot in conf/robot whose task this is; none where there is none."""
+    if "robot" in cfg:
+        robot = common.plain(cfg.robot)["spec"]
+        if len(robot["joints"]) != spec.action_dim:
+            raise ValueError(f"robot={robot['name']} has {len(robot['joints'])} joints ({', '.join(robot['joints'])}), this policy plans {spec.action_dim} "
+                             "action dimensions: name the robot it was trained for, or none")
+        return robot["joints"], robot["units"]
+    for path in sorted((files_of(conf) / "robot").iterdir(), key=str) if spec.task else ():
+        robot = common.plain(OmegaConf.create(path.read_text(encoding="utf-8")))["spec"]
+        if plain(robot.get("task", "")) == plain(spec.task) and len(robot["joints"]) == spec.action_dim:
+            return robot["joints"], robot["units"]
+    return (), ()
 
 
 def trained(cfg: DictConfig) -> Backend:

@@ -15,7 +15,7 @@ from scripts import serving, settings
 from scripts.cli import ends_at_once, words_to_overrides
 from scripts.verb import verb
 
-FIXED = ("sampler", "guide", "control", "precision", "fast", "device", "checkpoint")  # of an export
+FIXED = ("sampler", "guide", "control", "precision", "fast", "device", "checkpoint", "robot")  # of an export
 
 
 def backend_of(cfg: DictConfig) -> Backend:

@@ -14,8 +14,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from policy.page import read_json
-from policy.serve.card import Card
-from policy.serve.robot import RobotSpec
 
 READY = re.compile(r"wss?://[\w.:\[\]-]+")
 
@@ -29,16 +27,6 @@ def token(file: str | None) -> str | None:
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else "it is no text"
         raise ValueError(f"token_file={file} cannot be read: {why}. Make one: python -c 'import secrets; print(secrets.token_urlsafe())' > {file}") from e
-
-
-def misfit(card: Card, robot: RobotSpec) -> str:
-    """Why this policy cannot drive this robot; '' when it can."""
-    wrong = []
-    if card.action_dim != robot.dof:
-        wrong.append(f"it plans {card.action_dim} action dimensions, the robot has {robot.dof} joints ({', '.join(robot.joints)})")
-    if robot.task and card.task and card.task.lower().replace("_", "") != robot.task.lower().replace("_", ""):
-        wrong.append(f"it was trained for {card.task}, the robot does {robot.task}")
-    return "; ".join(wrong)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from policy.serve.card import Card
+from policy.serve.expect import Expect
 from policy.serve.robot import RobotSpec
-from scripts import serving
 from tests.serve.fakes import ROBOT
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
 ])
 def test_a_policy_for_another_robot_is_refused(card, wrong):
     robot = RobotSpec(**{**{k: getattr(ROBOT, k) for k in ("name", "joints", "units", "lower", "upper", "velocity", "acceleration", "jerk")}, "task": "Toy"})
-    assert serving.misfit(Card("id", card["task"], {"q": (2,)}, 2, 16, card["action_dim"], 0.1), robot) == wrong
+    assert Expect.of(robot).differences(Card("id", card["task"], {"q": (2,)}, 2, 16, card["action_dim"], 0.1)) == wrong
 
 
 @pytest.mark.slow

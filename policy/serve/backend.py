@@ -1,7 +1,7 @@
 """A trained planner as policy.serve.card.Backend: one robot's observation in, one chunk out, numpy on both sides."""
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,21 @@ from policy.timeline import MERGES
 class PlannerBackend:
     """planner: its sampler and guides as they are to be served.   config: what it was built from, part of the model's name.   facts: where it comes from.
 
-    warm, limit, prior: as in Planner.plan.   Make it before the network is replaced by a quicker one of the same answers, which is the same model.
+    joints, joint_units: of the action dimensions, where they are known.   warm, limit, prior: as in Planner.plan.
+
+    Make it before the network is replaced by a quicker one of the same answers, which is the same model.
     """
 
-    def __init__(self, planner: Planner, config: Mapping[str, Any] | None = None, *, facts: Mapping[str, Any] | None = None, warm: float | None = None,
-                 limit: float = 5.0, prior: float = 1.0):
+    def __init__(self, planner: Planner, config: Mapping[str, Any] | None = None, *, facts: Mapping[str, Any] | None = None,
+                 joints: Sequence[str] = (), joint_units: Sequence[str] = (), warm: float | None = None, limit: float = 5.0, prior: float = 1.0):
         self.planner, self.warm, self.limit, self.prior = planner.eval().requires_grad_(False), warm, limit, prior
         self.device = next(planner.normalizer.buffers()).device
         spec = planner.spec
         name = model_id(planner, {"planner": dict(config or {}), "spec": spec.to_json()})
-        lower, upper = trained_range(planner)
+        low, high = seen_range(planner)
+        merges = tuple(m for m in MERGES if m != "prefix" or planner.rtc)
         self.card = Card(name, spec.task, dict(spec.obs), spec.t_obs, spec.horizon, spec.action_dim, 1 / spec.fps, dict(spec.units), spec.action_semantics,
-                         tuple(m for m in MERGES if m != "prefix" or planner.rtc), planner.rtc or spec.horizon - 1, lower, upper, dict(facts or {}))
+                         merges, planner.rtc or spec.horizon - 1, tuple(joints), tuple(joint_units), low, high, dict(facts or {}))
 
     @torch.inference_mode()
     def plan(self, obs: Mapping[str, np.ndarray], *, noise: np.ndarray | None = None, prefix: np.ndarray | None = None, committed: int = 0,
@@ -64,7 +67,7 @@ def model_id(model: nn.Module, config: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def trained_range(planner: Planner) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def seen_range(planner: Planner) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Actions that the normaliser maps to -1 and 1: the range of the demonstrations, or a standard deviation around their mean where it measured that."""
     unit = torch.ones(1, 1, planner.spec.action_dim, device=next(planner.normalizer.buffers()).device)
     low, high = (planner.normalizer.decode({"action": sign * unit})["action"].flatten().tolist() for sign in (-1, 1))

@@ -1,10 +1,13 @@
 """What a served or exported policy says about itself, and the one call behind which torch, ONNX, OpenVINO and a distant server look alike."""
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+
+VERSION = 2  # of the card: 2 has joints, joint_units, and seen_low and seen_high for lower and upper
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,8 @@ class Card:
 
     obs: {key: shape of one step}.   t_obs: steps of history.   horizon, action_dim: shape of a chunk.   dt: s between its actions.
     model_id: hash of weights and configuration.   merges: of policy.timeline.MERGES, those it can plan with.   committed: most steps of a
-    prefix it takes.   lower, upper: (action_dim,) range of the actions it was trained on, in their units.   facts: where it comes from.
+    prefix it takes.   joints, joint_units: what each action dimension is, in their order; () where the run does not know.   seen_low, seen_high:
+    (action_dim,) range of the demonstrations' actions, in their units; a robot's limits are its own.   facts: where it comes from.
     """
     model_id: str
     task: str
@@ -26,21 +30,64 @@ class Card:
     action_semantics: str = ""
     merges: Sequence[str] = ("naive", "ensemble", "frozen")
     committed: int = 0
-    lower: Sequence[float] = ()
-    upper: Sequence[float] = ()
+    joints: Sequence[str] = ()
+    joint_units: Sequence[str] = ()
+    seen_low: Sequence[float] = ()
+    seen_high: Sequence[float] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    version: int = VERSION
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, d: Mapping[str, Any]) -> "Card":
-        """TypeError or ValueError when something is missing or of the wrong kind; unknown names of a later version are ignored."""
-        known = {k: v for k, v in d.items() if k in cls.__dataclass_fields__}
-        card = cls(**{**known, "obs": {str(k): tuple(int(n) for n in v) for k, v in dict(known["obs"]).items()}})
-        if min(card.t_obs, card.horizon, card.action_dim) < 1 or not card.dt > 0:
-            raise ValueError("the model card is not one: t_obs, horizon, action_dim and dt must be above 0")
+    def from_json(cls, d: Any) -> "Card":
+        """ValueError says what is missing or of the wrong kind, or which side is to be brought up to date."""
+        if not isinstance(d, Mapping):
+            raise ValueError("it is not a model card")
+        version = d.get("version", 1)
+        if type(version) is int and version != VERSION:
+            raise ValueError(f"the model card is of version {version}, this dipole reads {VERSION}: " + (
+                "export again, or serve the run by this dipole" if version < VERSION else "pip install --upgrade dipole"))
+        if wrong := [name for name, right in FIELDS.items() if not (name in d and right(d[name]))]:
+            raise ValueError(f"it is not a model card: {', '.join(wrong)} cannot be")
+        known = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in d.items() if k in FIELDS}
+        card = cls(**{**known, "obs": {k: tuple(v) for k, v in d["obs"].items()}})
+        each = (card.joints, card.joint_units, card.seen_low, card.seen_high)
+        if any(len(x) not in (0, card.action_dim) for x in each):
+            raise ValueError(f"it is not a model card: joints, joint_units, seen_low and seen_high have none or {card.action_dim} entries each")
         return card
+
+
+Right = Callable[[Any], bool]
+
+
+def _text(x: Any) -> bool:
+    return isinstance(x, str) and x.isprintable()
+
+
+def _number(x: Any) -> bool:
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+def _whole(least: int) -> Right:
+    return lambda x: type(x) is int and least <= x <= LARGEST
+
+
+def _list(right: Right) -> Right:
+    return lambda x: isinstance(x, list | tuple) and all(map(right, x))
+
+
+def _map(right: Right) -> Right:
+    return lambda x: isinstance(x, Mapping) and all(map(_text, x)) and all(map(right, x.values()))
+
+
+LARGEST = 4 << 20
+FIELDS: dict[str, Right] = {
+    "model_id": _text, "task": _text, "obs": _map(_list(_whole(1))), "t_obs": _whole(1), "horizon": _whole(1), "action_dim": _whole(1),
+    "dt": lambda x: _number(x) and x > 0, "units": _map(_text), "action_semantics": _text, "merges": _list(_text), "committed": _whole(0),
+    "joints": _list(_text), "joint_units": _list(_text), "seen_low": _list(_number), "seen_high": _list(_number),
+    "facts": lambda x: isinstance(x, Mapping), "version": _whole(1)}
 
 
 class Backend(Protocol):

@@ -28,7 +28,7 @@ from policy.serve.wire import Err, Hello, Observation, Planned, unpack
 
 __all__ = ["Chunk", "Expect", "PlannerClient", "PlannerError", "Refused", "Stats", "Timeouts", "WrongRobot"]
 PATH = "/plan"
-FINAL = ("http_401", "http_403", "http_404", "certificate", "no_tls")  # kinds of failure that no waiting mends
+FINAL = ("http_401", "http_403", "http_404", "certificate", "no_tls", "hello")  # kinds of failure that no waiting mends
 SILENT = logging.Logger("dipole.websockets", logging.CRITICAL + 1)  # a server that is away is counted, not logged twenty times a second
 
 
@@ -261,7 +261,7 @@ def reason(e: Exception, token: bool = False) -> tuple[str, str]:
                 503: "the server has no place free"}
         return f"http_{status}", text.get(status, f"the server answers HTTP {status}; is it a planner?")
     if isinstance(e, WireError):
-        return e.code, f"the server's hello cannot be used: {e.text}"
+        return "hello", f"the server's hello cannot be used: {e.text}"
     if isinstance(e, ssl.SSLCertVerificationError):
         return "certificate", f"the server's certificate is not trusted ({e.verify_message}): give it, or the one that signed it, as tls_ca"
     if isinstance(e, ssl.SSLError) and e.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):

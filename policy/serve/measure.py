@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from policy.planner import Planner
-from policy.serve.backend import PlannerBackend, drawing, trained_range
+from policy.serve.backend import PlannerBackend, drawing, seen_range
 from policy.serve.card import Backend
 
 PARITY = 1e-4   # largest difference of a normalised action in fp32, where the policy is not more sensitive than that itself
@@ -47,7 +47,7 @@ def parity(policy: PlannerBackend, backend: Backend, observations: Sequence[Seen
     more. So where a difference is above PARITY the planner is asked in double precision how exact it is itself.   draws: of a stochastic sampler.
     """
     card, rng = backend.card, np.random.default_rng(seed)
-    size, (low, high) = (card.horizon, card.action_dim), trained_range(policy.planner)
+    size, (low, high) = (card.horizon, card.action_dim), seen_range(policy.planner)
     half = (np.array(high) - np.array(low)) / 2
     found = {merge: Difference(physical=np.zeros(card.action_dim)) for merge in card.merges}
     asked: list[tuple[Seen, np.ndarray, dict[str, Any]]] = []

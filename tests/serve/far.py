@@ -17,7 +17,8 @@ import numpy as np
 from policy.serve.card import Card
 
 ROOT = Path(__file__).parents[2]
-CARD = Card("toy0", "toy", {"x": (3,)}, t_obs=2, horizon=8, action_dim=2, dt=0.02, committed=4, merges=("naive", "ensemble", "frozen"))
+CARD = Card("toy0", "toy", {"x": (3,)}, t_obs=2, horizon=8, action_dim=2, dt=0.02, committed=4, merges=("naive", "ensemble", "frozen"), joints=("a", "b"),
+            joint_units=("m", "rad"))
 
 
 class Toy:

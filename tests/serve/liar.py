@@ -16,7 +16,8 @@ LIES = {
     "short": {"actions": np.zeros((7, 2))}, "whole": {"actions": np.zeros((8, 2), np.int64)}, "model": {"model_id": "other"}, "dt": {"dt": 0.021},
     "epoch": {"epoch": 99}, "t_obs": {"t_obs": 1}, "seq": {"seq": 10**6},
 }
-FIRST = {"no_hello": pack(Err("failed", "no")), "garbage_hello": b"\xc1", "old": pack(Hello(CARD, 1 << 20)).replace(b"\xa1v\x01", b"\xa1v\x09"), "text": "hi"}
+FIRST = {"no_hello": pack(Err("failed", "no")), "garbage_hello": b"\xc1", "old": pack(Hello(CARD, 1 << 20)).replace(b"\xa1v\x01", b"\xa1v\x09"), "text": "hi",
+         "old_card": pack(Hello(replace(CARD, version=1), 1 << 20))}
 AFTER = {"garbage": b"\xc1\x00", "words": "hello", "hello": pack(Hello(CARD, 1 << 20)), "huge": b"\x00" * (5 << 20), "echo": None}
 
 

@@ -60,7 +60,7 @@ def test_the_card_says_what_robot_it_is_for(planner, data):
     assert (card.task, dict(card.obs), card.t_obs, card.horizon, card.action_dim, card.dt) == ("toy", {"x": (3,)}, 2, 8, 2, 0.1)
     assert card.committed == 7 and "prefix" not in card.merges and {"naive", "guided"} <= set(card.merges) and card.facts == {"run": "toy"}
     actions = data.arrays["action"].numpy()
-    assert np.allclose(card.lower, actions.min(0), atol=1e-5) and np.allclose(card.upper, actions.max(0), atol=1e-5)
+    assert np.allclose(card.seen_low, actions.min(0), atol=1e-5) and np.allclose(card.seen_high, actions.max(0), atol=1e-5)
     fit(Observation(1, 0, 0, OBS, prefix=PREFIX, committed=6), card)
     with pytest.raises(WireError):
         fit(Observation(1, 0, 0, OBS, prefix=PREFIX, committed=6, merge="prefix"), card)

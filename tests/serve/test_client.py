@@ -58,7 +58,8 @@ def test_it_needs_neither_torch_nor_the_rest():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[] ")
-    ours = {"policy", "policy.serve", "policy.timeline", *(f"policy.serve.{m}" for m in ("card", "client", "expect", "ledger", "packing", "receive", "wire"))}
+    names = ("card", "client", "expect", "ledger", "packing", "receive", "robot", "wire")
+    ours = {"policy", "policy.serve", "policy.timeline", *(f"policy.serve.{m}" for m in names)}
     assert set(done.stdout.split("] ")[1].strip("[]\n").replace("'", "").split(", ")) == ours
 
 
@@ -189,11 +190,12 @@ def test_a_second_answer_is_not_believed(liar):
         assert not newest(client).actions.any() and client.latest() is None
 
 
-@pytest.mark.parametrize("lie, text", [("no_hello", "no hello"), ("garbage_hello", "msgpack"), ("old", "version 9"), ("text", "binary"), ("mute", "answer")])
+@pytest.mark.parametrize("lie, text", [("no_hello", "no hello"), ("garbage_hello", "msgpack"), ("old", "version 9"),
+                                       ("old_card", "version 1, this dipole reads 2"), ("text", "binary"), ("mute", "answer")])
 def test_a_server_without_a_proper_hello_is_none(liar, lie, text):
     with PlannerClient(f"{liar.url}/{lie}", timeouts=Timeouts(open=0.5)) as client:
         until(lambda: text in client.trouble)
-        with pytest.raises(TimeoutError, match=text):
+        with pytest.raises(TimeoutError if lie == "mute" else Refused, match=text):
             client.wait_ready(0.01)
         assert not client.connected and client.stats.connects == 0
 
@@ -240,9 +242,10 @@ def test_codes_of_a_stranger_do_not_fill_the_counters(liar):
 
 
 @pytest.mark.parametrize("expect, names", [
-    (Expect(dof=7), ["2 dimensions", "7 joints"]), (Expect(dt=0.05), ["0.02 s", "0.05 s"]), (Expect(task="panda"), ["toy", "panda"]),
+    (Expect(dof=7), ["2 action dimensions (a, b)", "7 joints"]), (Expect(dt=0.05), ["0.02 s", "0.05 s"]), (Expect(task="panda"), ["toy", "panda"]),
     (Expect(obs={"x": (4,)}), ["'x'", "(3,)", "(4,)"]), (Expect(obs={"y": (3,)}), ["'x'", "none"]), (Expect(model_id="abc"), ["toy0", "abc"]),
-    (Expect(merge="guided"), ["guided", "frozen"]), (Expect(dof=7, task="panda"), ["7 joints", "panda"])])
+    (Expect(merge="guided"), ["guided", "frozen"]), (Expect(dof=7, task="panda"), ["7 joints", "panda"]),
+    (Expect(dof=2, joints=("b", "a")), ["(a, b), in another order", "(b, a)"]), (Expect(dof=2, units=("m", "deg")), ["in m, rad", "in m, deg"])])
 def test_a_model_of_another_robot_is_refused_by_name(server, expect, names):
     with PlannerClient(server.url, expect=expect) as client:
         for call in (client.wait_ready, lambda t: client.plan(obs(), timeout=t)):
@@ -253,7 +256,7 @@ def test_a_model_of_another_robot_is_refused_by_name(server, expect, names):
 
 
 def test_a_model_that_fits_is_taken(server):
-    fits = Expect(dof=2, dt=0.02, obs={"x": (3,), "more": (9,)}, task="toy", model_id="toy0", merge="frozen")
+    fits = Expect(dof=2, dt=0.02, obs={"x": (3,), "more": (9,)}, task="Toy", model_id="toy0", merge="frozen", joints=("left", "b"), units=("m", "rad"))
     with PlannerClient(server.url, expect=fits) as client:
         assert client.wait_ready(PATIENT).task == "toy"
 

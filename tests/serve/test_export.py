@@ -126,7 +126,7 @@ def test_bf16_is_within_a_few_percent(tmp_path):
 def test_the_card_says_what_it_is(made):
     policy, folder, backend = made("unet1d", "onnx")
     card = backend.card
-    assert (card.model_id, card.task, card.units, card.dt, tuple(card.lower)) == (policy.card.model_id, "toy", {"action": "rad"}, 0.1, policy.card.lower)
+    assert (card.model_id, card.task, card.units, card.dt, tuple(card.seen_low)) == (policy.card.model_id, "toy", {"action": "rad"}, 0.1, policy.card.seen_low)
     assert card.facts["run"] == "toy" and card.facts["solver"]["taus"] == tabulate(policy.planner).taus.tolist()
     assert {p.name for p in folder.iterdir()} == {*card.facts["files"], "card.json"} and "onnxruntime" in card.facts["versions"]
 

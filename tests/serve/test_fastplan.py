@@ -10,7 +10,7 @@ from policy.diffusion import samplers as S
 from policy.diffusion.guides import smooth, tilt
 from policy.diffusion.path import VE, VP, Linear, Table
 from policy.nets.fast import quick
-from policy.serve.backend import PlannerBackend, trained_range
+from policy.serve.backend import PlannerBackend, seen_range
 from policy.serve.fastplan import FastPlan, GraphLoop
 from policy.serve.probe import tabulate
 from tests.serve.small import asked, small
@@ -19,7 +19,7 @@ MERGES = ("naive", "ensemble", "frozen", "identity", "guided")
 
 
 def apart(planner, a: np.ndarray, b: np.ndarray) -> float:
-    low, high = map(np.array, trained_range(planner))
+    low, high = map(np.array, seen_range(planner))
     return float((np.abs(a - b) / (high - low) * 2).max())
 
 

@@ -19,7 +19,8 @@ OBSERVATIONS = st.builds(Observation, WHOLE, WHOLE, WHOLE, st.dictionaries(st.te
                          st.none() | st.floats(-1e6, 1e6), st.none() | ARRAYS, WHOLE, st.sampled_from(["naive", "frozen", "guided"]), seed=st.none() | WHOLE)
 PLANNED = st.builds(Planned, WHOLE, WHOLE, WHOLE, st.floats(1e-3, 10), ARRAYS, st.floats(0, 1e6), st.floats(0, 1e6), st.text("0123abc"))
 ERRS = st.builds(Err, st.sampled_from(CODES), st.text("abc é,"), st.none() | WHOLE)
-FULL = replace(CARD, units={"x": "m"}, lower=(-1.0, 0.0), upper=(1.0, 2.0), facts={"step": 3, "of": ["a", {"b": None}]})
+FULL = replace(CARD, units={"x": "m"}, joints=("a", "b"), joint_units=("m", "rad"), seen_low=(-1.0, 0.0), seen_high=(1.0, 2.0),
+               facts={"step": 3, "of": ["a", {"b": None}]})
 MESSAGES = OBSERVATIONS | PLANNED | ERRS | st.just(Hello(FULL, 1000))
 GOOD = Observation(7, 1, 5, obs(1, 2), 40.0, np.zeros((3, 2)), 2, "frozen", seed=3)
 
@@ -159,13 +160,28 @@ def test_a_request_is_held_to_the_card(change, code):
     assert e.value.code == code and e.value.seq == GOOD.seq
 
 
-@pytest.mark.parametrize("change", [{"dt": float("nan")}, {"dt": float("inf")}, {"horizon": "8"}, {"horizon": True}, {"obs": {"x": ["a"]}}, {"obs": 3},
-                                    {"lower": [1]}, {"task": "\x1b"}, {"merges": [1]}, {"model_id": None}, {"facts": 1}, {"units": {"x": 1}}, {"t_obs": 0}])
+@pytest.mark.parametrize("change", [
+    {"dt": float("nan")}, {"dt": float("inf")}, {"horizon": "8"}, {"horizon": True}, {"obs": {"x": ["a"]}}, {"obs": 3}, {"seen_low": [1]}, {"facts": 1},
+    {"seen_low": [1, "2"]}, {"joints": ["a"]}, {"joints": "ab"}, {"joint_units": [1, 2]}, {"version": None}, {"version": True}, {"task": "\x1b"},
+    {"merges": [1]}, {"model_id": None}, {"units": {"x": 1}}, {"t_obs": 0}])
 def test_what_is_no_card_is_refused(change):
     assert unpack(pack(Hello(FULL, 1000))) == Hello(FULL, 1000)
     body = msgpack.unpackb(pack(Hello(FULL, 1000)))
     body["card"] |= change
-    with pytest.raises(WireError, match="card"):
+    with pytest.raises(WireError, match="not a model card"):
+        unpack(msgpack.packb(body))
+
+
+@pytest.mark.parametrize("version, words", [(1, "version 1, this dipole reads 2: export again, or serve the run by this dipole"),
+                                            (9, "pip install --upgrade dipole")])
+def test_a_card_of_another_version_says_which_side_is_behind(version, words):
+    body = msgpack.unpackb(pack(Hello(FULL, 1000)))
+    for change in ({"version": version}, {"version": version, "lower": [1.0, 2.0], "seen_low": None}):
+        body["card"] |= change
+        with pytest.raises(WireError, match=words):
+            unpack(msgpack.packb(body))
+    del body["card"]["version"]  # as the first one was
+    with pytest.raises(WireError, match="version 1"):
         unpack(msgpack.packb(body))
 
 
