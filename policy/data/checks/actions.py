@@ -1,0 +1,209 @@
+"""Checks of what the actions mean: when the state follows them, and whether they are targets or changes, in every episode alike."""
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policy.data.checks.finding import Finding, Place, finding, some
+from policy.data.checks.look import Data
+from policy.data.checks.relate import Array, changes, correlation, joined, moving_states, shifted
+
+PAST, AHEAD = 8, 24        # lags looked at [steps]
+CLEAR, MARGIN = 0.4, 0.05  # a correlation worth a word, and what one lag must be ahead of another by
+COPY = 1e-4                # of a state's spread: an action this close to it is a copy
+TRACKS = 0.5               # a target stays this close to the state it commands, in spreads of that state
+DELAY = 0.3                # seconds after which a reaction is worth a note
+LEFT = 0.75                # or, where motions are slow and all lags fit well, the share of the unexplained variance that the better lag leaves
+SURE = 0.15                # by as much one lag leads where the action may answer the state, as a controller's does
+PEAK = 0.8                 # of the best lag's correlation: another peak this high, and the motion is periodic
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Actions (n, d) and moving state channels (n, s) of the same sampled frames, and what goes with what.
+
+    episode: (n,), which stretch a frame belongs to.   columns: key and channel of each state channel.   lags: (l,), -PAST … AHEAD.
+    target, change: (l, d) correlations of each action channel with its best state channel: changes with changes, and the action with changes.
+    of_target, of_change: (d,) that state channel.   apart: (l, d) rms distance of the action to it, in its spreads.   slope: (d,) of state over action.
+    """
+    action: Array
+    state: Array
+    episode: NDArray[np.int64]
+    at: NDArray[np.int64]
+    columns: list[tuple[str, int]]
+    lags: NDArray[np.int64]
+    target: Array
+    change: Array
+    of_target: NDArray[np.int64]
+    of_change: NDArray[np.int64]
+    apart: Array
+    slope: Array
+
+    @property
+    def targets(self) -> NDArray[np.bool_]:
+        """(d,): action channels that say where a state channel shall be."""
+        return (self.target.max(axis=0) > CLEAR) & (self.apart.min(axis=0) < TRACKS)
+
+    @property
+    def deltas(self) -> NDArray[np.bool_]:
+        """(d,): action channels that say by how much a state channel shall change."""
+        return (self.change.max(axis=0) > np.maximum(CLEAR, self.target.max(axis=0))) & ~self.targets
+
+
+def pairs(data: Data) -> Pairs | None:
+    """None where there is no action, or no state that moves."""
+    return data.once("pairs", data.action, lambda: matched(data))
+
+
+def matched(data: Data) -> Pairs | None:
+    if not data.action or not data.scales(data.action).moves.any():
+        return None
+    together = joined(data, {data.action: np.arange(data.width(data.action)), **moving_states(data)})
+    d = data.width(data.action)
+    if together is None or together.values.shape[1] == d or len(together.values) < 4 * PAST:
+        return None
+    action, state, episode, at = together.values[:, :d], together.values[:, d:], together.episode, together.at
+    lags = np.arange(-PAST, AHEAD + 1)
+    da, ds, plain = changes(action, episode), changes(state, episode), action - action.mean(axis=0)
+    target = np.stack([correlation(da, ds, episode, int(lag)) for lag in lags])  # (l, d, s)
+    change = np.abs(np.stack([correlation(plain, ds, episode, int(lag)) for lag in lags]))
+    of_target, of_change = target.max(axis=0).argmax(axis=1), change.max(axis=0).argmax(axis=1)
+    goal = state[:, of_target]
+    spread = goal.std(axis=0) + 1e-12
+    apart = np.stack([distance(action, goal, episode, int(lag)) for lag in lags]) / spread
+    each = np.arange(d)
+    slopes = [slope(da[:, i], ds[:, j], episode, int(lags[target[:, i, j].argmax()])) for i, j in enumerate(of_target)]
+    return Pairs(action, state, episode, at, together.columns[d:], lags, target[:, each, of_target], change[:, each, of_change], of_target, of_change, apart,
+                 np.array(slopes))
+
+
+def distance(a: Array, s: Array, episode: NDArray[np.int64], lag: int) -> Array:
+    """(d,): root mean square of a at t minus s at t + lag."""
+    i, j = shifted(len(a), lag)
+    same = episode[i] == episode[j]
+    return np.sqrt(((a[i] - s[j])[same] ** 2).mean(axis=0)) if same.any() else np.full(a.shape[1], np.inf)
+
+
+def slope(a: Array, s: Array, episode: NDArray[np.int64], lag: int) -> float:
+    """Of the changes of s over those of a, as if both had the same noise."""
+    i, j = shifted(len(a), lag)
+    same = episode[i] == episode[j]
+    moving = same & (a[i] != 0)
+    return float(s[j][same].std() / a[i][same].std()) if moving.any() else 0.0
+
+
+def lag_curve(data: Data) -> tuple[str, NDArray[np.int64], Array] | None:
+    """("target" or "change", lags, mean correlation over the action channels that are it): what the report draws; None where nothing goes together."""
+    found = pairs(data)
+    if found is None:
+        return None
+    both = [("target", found.targets, found.target), ("change", found.deltas, found.change)]
+    kind, use, curve = max(both, key=lambda b: b[2].max(axis=0)[b[1]].sum())
+    return (kind, found.lags, curve[:, use].mean(axis=1)) if use.any() else None
+
+
+def lag(data: Data) -> list[Finding]:
+    """When the state follows the action: never before it."""
+    found, curve = pairs(data), lag_curve(data)
+    if found is None or curve is None:
+        return []
+    kind, lags, mean = curve
+    use = np.flatnonzero(found.targets if kind == "target" else found.deltas)
+    best = int(lags[mean.argmax()])
+    copies = [int(k) for k, row in zip(lags, found.apart[:, use], strict=True) if (row < COPY).all()] if kind == "target" else []
+    before = copies[-1] if copies else best
+    fix = f"Check which clock stamped them; to take each action {max(1, 1 - before)} steps later, convert with action_from: [{{key: {data.action}, " \
+        f"shift: {max(1, 1 - before)}}}] in the mapping"
+    if copies and before <= 0:
+        return [finding("error", "action_lag", "the action is a copy of the state " + ("of the same frame" if before == 0 else f"{-before} steps before"),
+                        key=data.action, channels=use, why="The policy learns to stay where it is: it reads the answer off its observation.", fix=fix,
+                        lag=before)]
+    if periodic(lags, mean, best):
+        return []
+    sure = kind == "target" or data.semantics.kind in ("delta", "velocity")  # an effort may answer the state's change: that is how a controller damps
+    first = float(mean[lags >= 0].max())
+    clear = mean.max() > first + MARGIN or 1 - mean.max() ** 2 < LEFT * (1 - first ** 2)
+    if best < 0 and (clear if sure else mean.max() > first + SURE):
+        return [finding("error" if sure else "note", "action_lag", f"the action goes best with what the state did {-best} steps before: correlation "
+                        f"{mean.max():.2f} there, {first:.2f} at best when the action comes first", key=data.action, channels=use,
+                        why="Cause and effect are exchanged: the policy learns to repeat what has happened." if sure else
+                        "The data are misaligned, or the action is an effort that answers the motion.", fix=fix, lag=best)]
+    late = best / data.fps if data.fps else 0.0
+    if kind == "target" and (best > data.horizon / 2 or late > DELAY):
+        said = f"{best} steps" + (f" ({late:.2f} s)" if late else "")
+        return [finding("note", "action_lag", f"the state follows the action after {said}" + (", or later" if best == AHEAD else ""),
+                        key=data.action, channels=use,
+                        why="A slow robot, or actions stamped early: the observation shows little of what the newest actions did.",
+                        fix="A horizon of several times that lag; and the action as observation, if the robot knows it", lag=best)]
+    return []
+
+
+def periodic(lags: NDArray[np.int64], mean: Array, best: int) -> bool:
+    """Whether another lag fits about as well, beyond a valley: a gait, in which before and after are the same."""
+    far = np.abs(lags - best) > 3
+    valley = [mean[(lags > min(k, best)) & (lags < max(k, best))].min() for k in lags[far]]
+    return bool(((mean[far] > PEAK * mean.max()) & (np.array(valley) < 0.6 * mean.max())).any())
+
+
+def meaning(data: Data) -> list[Finding]:
+    """Declared targets that are changes, or the other way round; episodes of another kind than the rest."""
+    found = pairs(data)
+    if found is None:
+        return []
+    targets, deltas, said = found.targets, found.deltas, data.semantics.kind
+    out = []
+    if said == "absolute" and deltas.sum() > targets.sum():
+        out.append(meant(data, deltas, "absolute", "changes of the state", "delta"))
+    if said in ("delta", "velocity") and targets.sum() > deltas.sum():
+        out.append(meant(data, targets, said, "where the state shall be", "absolute"))
+    return [*out, *mixed(data)]
+
+
+def meant(data: Data, use: NDArray[np.bool_], said: str, seen: str, better: str) -> Finding:
+    return finding("error", "action_kind", f"declared as {said}, but {int(use.sum())} channels are {seen}", key=data.action, channels=np.flatnonzero(use),
+                   why="Transforms, exports and the robot's driver believe the declaration: a robot would be sent to the wrong place.",
+                   fix=f"If the data are right, convert again with action={{kind:{better},…}}")
+
+
+def kinds_of_episodes(data: Data) -> dict[str, list[int]]:
+    """{"targets", "changes": episodes in which half of the action channels clearly are that}"""
+    return data.once("kinds", data.action, lambda: sorted_by_kind(data))
+
+
+def sorted_by_kind(data: Data) -> dict[str, list[int]]:
+    kinds: dict[str, list[int]] = {"targets": [], "changes": []}
+    found = pairs(data)
+    if found is None:
+        return kinds
+    channels = np.arange(found.action.shape[1])
+    level = found.of_target
+    of_episode = np.searchsorted(data.ends, found.at, side="right")
+    for e in np.unique(of_episode).tolist():
+        rows = of_episode == e
+        if rows.sum() < 2 * PAST:
+            continue
+        a, s, change = found.action[rows], found.state[rows], changes(found.state[rows], found.episode[rows])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            at_level = np.nan_to_num([np.corrcoef(a[:, c], s[:, level[c]])[0, 1] for c in channels])
+            ratio = np.nan_to_num([s[:, level[c]].std() / a[:, c].std() for c in channels])
+            at_change = np.abs(np.nan_to_num([np.corrcoef(a[:-1, c], change[:-1, found.of_change[c]])[0, 1] for c in channels]))
+        is_target = (at_level > 0.85) & (ratio > 0.5) & (ratio < 2)
+        is_change = (at_change > 0.5) & (at_level < 0.6) & (ratio > 4)
+        if is_target.sum() >= 0.5 * len(channels):
+            kinds["targets"].append(e)
+        elif is_change.sum() >= 0.5 * len(channels):
+            kinds["changes"].append(e)
+    return kinds
+
+
+def mixed(data: Data) -> list[Finding]:
+    """Episodes whose actions are targets among episodes whose actions are changes."""
+    kinds = kinds_of_episodes(data)
+    few, many = sorted(kinds, key=lambda k: len(kinds[k]))
+    if not kinds[few]:
+        return []
+    return [finding("error", "action_mixed", f"the actions are {few} in {len(kinds[few])} episodes and {many} in {len(kinds[many])} of "
+                    f"{len(data.ends)}: {some(kinds[few], 8)}", key=data.action, places=[Place(e, 0, int(data.lengths[e])) for e in kinds[few]],
+                    why="One network cannot tell which of the two is wanted; its answer is something in between.",
+                    fix="Convert the two kinds apart, one of them with its transform, and merge them afterwards: dipole data merge")]
+
