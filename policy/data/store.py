@@ -149,7 +149,7 @@ class Store:
         hi = self.steps if hi is None else hi
         if not 0 <= lo <= hi <= self.steps:
             raise IndexError(f"frames [{lo}, {hi}) of {key!r}: {self.path} has {self.steps} frames")
-        return read_rows(self._files, self._array(key), f"data/{key}", lo, hi, fill_missing=self._fill_missing, where=self._where)
+        return read_rows(self._files, self._array(key), f"data/{key}", lo, hi, fill_missing=self._fill_missing, holding=self._where)
 
     def span(self, i: int) -> tuple[int, int]:
         """First frame and end frame of episode i."""
@@ -301,7 +301,7 @@ def _committed_ends(files: Files) -> np.ndarray:
         file = f"{ENDS}/{array.metadata.encode_chunk_key((lo // chunk,))}"
         if not files.size(file) and min(n - lo, chunk) > 1:  # a single entry may be a first episode that was never finished
             raise DataError(f"{files.path}: {ENDS} lacks the file {file}, so its episodes cannot be told apart. Copy the dataset again")
-    ends = read_rows(files, array, ENDS, 0, n, fill_missing=True, where=lambda lo, hi: f"ends {lo} to {min(hi, n) - 1}").astype(np.int64)
+    ends = read_rows(files, array, ENDS, 0, n, fill_missing=True, holding=lambda lo, hi: f"ends {lo} to {min(hi, n) - 1}").astype(np.int64)
     return ends[:len(np.trim_zeros(ends, "b"))]
 
 
