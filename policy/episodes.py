@@ -18,6 +18,7 @@ class Episode:
     reward (steps,);   actions (steps, d): as sent to the environment;   measures {name: (steps,)}: the task's own metrics;
     states: what `render_states` of the environment takes.   ended: "success" if it was one, whatever ended it; else "terminated" (the
     task is lost), "truncated" (time is up) or "fault".   error: what broke the episode off; such a one is no success.
+    observed {key: (steps, *shape)}: what was seen before each action, when somebody keeps it (policy.rollout.evaluate).
     """
     seed: int
     success: bool
@@ -27,6 +28,7 @@ class Episode:
     measures: dict[str, np.ndarray] = field(default_factory=dict)
     states: dict[str, np.ndarray] = field(default_factory=dict)
     error: str = ""
+    observed: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def score(self) -> float | None:

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
 Obs = dict[str, np.ndarray]
+Keep = Callable[[Episode], None]
 DRAWN, NO_MEASURE = ("qpos", "mocap_pos"), ("success", "is_success", "elapsed", "error")
 
 
 def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int, *, task: str = "", until: float | None = None,
-             on_progress: Callable[[int], None] = lambda done: None) -> Report:
+             on_progress: Callable[[int], None] = lambda done: None, keep: Keep | None = None) -> Report:
     """Roll `episodes` episodes out from the distinct seeds seed, seed + 1, …, as many at a time as envs has copies.
 
     until: stop as soon as the interval of success is ± until, looking when all copies have finished; `episodes` is then the most.
+    keep: told of every episode, with all that the environment showed in `observed`, which is dropped afterwards: for recording it.
     Copies with `step_chunk` (envs.vector.ChunkEnv) take whole chunks; any other VectorEnv is stepped, and raises what a copy raises.
     Finished copies leave the batch. So does a copy whose info["error"] says so, or whose observation, reward or plan is not finite: its
     episode has an error and is no success. Success is what info says at any step, else a termination, be it
@@ -30,14 +32,14 @@ def evaluate(controller: Controller, envs: "VectorEnv", episodes: int, seed: int
     two seeds start the same episode, NotFinite when not one of the first plans is finite.
     """
     cpu = time.process_time()
-    report = play(controller, envs, episodes, seed, task=task, until=until, on_progress=on_progress)
+    report = play(controller, envs, episodes, seed, task=task, until=until, on_progress=on_progress, keep=keep)
     report.cpu_s = time.process_time() - cpu
     report.plan_one_s = single_plans(controller)
     return report
 
 
 def play(controller: Controller, envs: "VectorEnv", episodes: int, seed: int, *, task: str = "", until: float | None = None,
-         on_progress: Callable[[int], None] = lambda done: None, starts: dict[bytes, int] | None = None) -> Report:
+         on_progress: Callable[[int], None] = lambda done: None, starts: dict[bytes, int] | None = None, keep: Keep | None = None) -> Report:
     """`evaluate` without the plans for a single robot that it times at the end. starts {first observation: seed}: of those who share an evaluation."""
     if until is not None and not 0 < until < 0.5:
         raise ValueError(f"until={until} must be between 0 and .5: half the width of the interval of success, .03 for ± 3 %")
@@ -48,7 +50,7 @@ def play(controller: Controller, envs: "VectorEnv", episodes: int, seed: int, *,
     starts = {} if starts is None else starts
     while (done := len(report.episodes)) < episodes and not (done and until and enough(report.wins, done, until)):
         wave = list(range(seed + done, seed + min(done + envs.num_envs, episodes)))
-        _wave(controller, envs, wave, report, starts, lambda finished, done=done: on_progress(done + finished))  # type: ignore[misc]
+        _wave(controller, envs, wave, report, starts, lambda finished, done=done: on_progress(done + finished), keep)  # type: ignore[misc]
     report.wall_s = time.perf_counter() - start
     return report
 
@@ -59,6 +61,7 @@ class _Track:
     def __init__(self, seed: int):
         self.seed, self.success, self.ended, self.error = seed, False, "", ""
         self.pieces: dict[str, list[np.ndarray]] = {"reward": [], "actions": []}
+        self.seen: dict[str, list[np.ndarray]] = {}
 
     def fail(self, error: str) -> None:
         self.success, self.ended, self.error = False, "fault", error
@@ -68,15 +71,21 @@ class _Track:
         for name, value in arrays.items():
             self.pieces.setdefault(name, []).append(value[i, :live])
 
+    def see(self, i: int, live: int, obs: Obs) -> None:
+        """The first `live` observations of row i of obs {key: (n, t, *shape)}: of the start, then behind every step."""
+        for key, value in obs.items():
+            self.seen.setdefault(key, []).append(value[i, :live])
+
     def episode(self) -> Episode:
         joined = {name: np.concatenate(each) if each else np.zeros(0, np.float32) for name, each in self.pieces.items()}
         reward, actions = joined.pop("reward"), joined.pop("actions")
         states = {name: joined.pop(name) for name in DRAWN if name in joined}
-        return Episode(self.seed, self.success, reward, actions, self.ended, joined, states, self.error)
+        observed = {key: np.concatenate(each)[:len(reward)] for key, each in self.seen.items()}
+        return Episode(self.seed, self.success, reward, actions, self.ended, joined, states, self.error, observed)
 
 
 def _wave(controller: Controller, envs: "VectorEnv", seeds: Sequence[int], report: Report, starts: dict[bytes, int],
-          on_progress: Callable[[int], None]) -> None:
+          on_progress: Callable[[int], None], keep: Keep | None = None) -> None:
     """One episode on each of the first len(seeds) copies, added to the report."""
     n, tracks = len(seeds), [_Track(s) for s in seeds]
     keys = list(controller.planner.spec.obs)
@@ -90,12 +99,14 @@ def _wave(controller: Controller, envs: "VectorEnv", seeds: Sequence[int], repor
     if (rows := alive.nonzero()[0]).size:
         _refuse_repeats(starts, report.task, {i: seeds[i] for i in rows.tolist()}, obs)
         controller.observe({k: np.asarray(obs[k])[rows, None] for k in keys if k in obs}, rows)
+        for i in rows.tolist() if keep else ():
+            tracks[i].see(i, 1, {k: np.asarray(x)[:, None] for k, x in obs.items()})
     while alive.any():
         actions = _plan(controller, alive, tracks, report)
         if not alive.any():
             break
         tick = time.perf_counter()
-        obs, reward, terminated, truncated, info = _step_chunk(envs, actions, alive, controller.planner.spec.t_obs)
+        obs, reward, terminated, truncated, info = _step_chunk(envs, actions, alive, actions.shape[1] if keep else controller.planner.spec.t_obs)
         report.env_s += time.perf_counter() - tick
         over = terminated | truncated
         first_bad, errors = _faults(info, {k: np.asarray(obs[k]) for k in keys}, reward)
@@ -109,13 +120,19 @@ def _wave(controller: Controller, envs: "VectorEnv", seeds: Sequence[int], repor
             else:
                 tracks[i].success |= bool(info["success"][i, :live].any())
             tracks[i].add(i, live, arrays)
+            if keep:
+                tracks[i].see(i, live, obs)
             if over[i].any() and not tracks[i].error:
                 tracks[i].ended = "success" if tracks[i].success else "terminated" if terminated[i, end] else "truncated"
             alive[i] = not tracks[i].ended
         if (rows := alive.nonzero()[0]).size:
             controller.observe({k: np.asarray(obs[k])[rows] for k in keys}, rows)
         on_progress(n - int(alive.sum()))
-    report.episodes += [track.episode() for track in tracks]
+    for episode in (track.episode() for track in tracks):
+        if keep:
+            keep(episode)
+            episode.observed = {}
+        report.episodes.append(episode)
 
 
 def _plan(controller: Controller, alive: np.ndarray, tracks: Sequence[_Track], report: Report) -> np.ndarray:

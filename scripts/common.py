@@ -27,6 +27,7 @@ from policy.train import checkpoint
 from policy.train.log import bar, console
 from policy.types import Spec
 from scripts import films, sweep
+from scripts.recording import keeping, recorder
 from scripts.settings import command, key_of, overrides, plain, whole
 
 LEARNED = ("padding_loss", "obs_noise", "cond_drop", "normalize", "t_obs", "horizon", "data", "train", "density", "formalism", "teacher")
@@ -217,10 +218,11 @@ def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, s
         if not hasattr(space, "spaces"):
             raise ValueError(f"{name} observes {space}; a policy needs named observations (a gymnasium Dict space)")
         planner.spec.check({k: v.shape for k, v in space.spaces.items()}, envs.single_action_space.shape[0], fps, name)
-        with bar() as progress:
+        by = f"{(extra or {}).get('run', folder)}, {cfg.get('checkpoint', 'policy')}"
+        with recorder(cfg.get("record"), planner.spec, fps, task=name, env=plain(cfg.env), by=by) as to, bar() as progress:
             task = progress.add_task("roll out", total=episodes, note="")
             report = evaluate_in_lanes([(Controller(planner, **cfg.control), each) for _, _, each in made], episodes, seed, task=name, until=until,
-                                       on_progress=lambda n: progress.update(task, completed=n))
+                                       on_progress=lambda n: progress.update(task, completed=n), keep=keeping(to, cfg.get("record_only", "all")))
         metrics = {**report.metrics(), **(extra or {}), "videos": [], "command": command(), "sampler": plain(cfg.sampler), "control": plain(cfg.control)}
         tell_faults(metrics, folder)
         save_json(folder / "metrics.json", metrics)

@@ -18,7 +18,7 @@ from scripts.likelihood import likelihood
 from scripts.verb import verb
 
 NOT_IN_NAME = ("do", "run", "runs", "checkpoint", "videos", "video_seeds", "copies", "out", "threads", "lanes", "device", "resume", "delays", "naive",
-               "merges", "adopt", "dims", "gate")
+               "merges", "adopt", "dims", "gate", "record", "record_only")
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> dict[str, Any]:

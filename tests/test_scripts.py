@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +208,35 @@ def test_paths_and_commands_are_not_broken_where_a_terminal_ends(shell, run, tmp
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1] == f"report: {long}/report.html" and "over 1 distinct seed;" in done.out
     assert json.loads((long / "metrics.json").read_text())["command"].startswith(f"dipole eval run=run out={long}")
+
+
+def test_eval_records_what_happened_as_demonstrations(shell, run):
+    """The recorded actions, replayed from the seeds, show the recorded observations bit for bit; a second evaluation is appended."""
+    from envs.gantry import Gantry
+    from envs.task import TaskEnv
+    from policy.data import Store
+    for seed, how in ((7, ["copies=2"]), (100, ["lanes=2", "copies=2"])):
+        done = shell("eval", "run=run", "out=recorded", "+env.max_steps=11", "episodes=3", f"seed={seed}", "videos=0", "record=policy.zarr", *how)
+        assert done.code == 0, done.err
+    store, env = Store.open(shell.folder / "policy.zarr"), TaskEnv(Gantry(max_steps=11))
+    assert (store.episodes, store.fps, store.attrs["task"], store.attrs["policy"]) == (6, 10, "gantry", "run, policy")
+    starts = set()
+    for i in range(6):
+        got = store.episode(i)
+        matching = [seed for seed in (7, 8, 9, 100, 101, 102) if all(np.array_equal(x, got[k][0]) for k, x in env.reset(seed=seed)[0].items())]
+        assert len(matching) == 1 and len(got["action"]) == 11
+        starts.add(matching[0])
+        obs, _ = env.reset(seed=matching[0])
+        for k in range(11):
+            assert set(obs) == set(got) - {"action", "reward"}
+            for key in obs:
+                np.testing.assert_array_equal(obs[key], got[key][k])
+            obs, reward, *_ = env.step(got["action"][k])
+            assert reward == got["reward"][k]
+    assert len(starts) == 6
+    done = shell("eval", "run=run", "out=recorded", "+env.max_steps=11", "episodes=2", "videos=0", "record=policy.zarr", "record_only=success")
+    assert done.code == 0 and Store.open(shell.folder / "policy.zarr").episodes == 6  # a policy of four steps of training
+    assert "use all or success" in shell("eval", "run=run", "out=recorded", "episodes=1", "record=policy.zarr", "record_only=good").err
 
 
 @pytest.mark.gl
