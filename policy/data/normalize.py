@@ -3,12 +3,32 @@
 encode is (x - shift) / scale. A channel that does not move would be divided by nothing, or its sensor noise blown up to full range; it is
 only centred (scale 1), so it encodes to 0 and decodes to the constant.
 """
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from policy.data.moments import BLOCK, Moments
+
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Frames(Protocol):
+    """Frames (n, *shape) that can be looked at piece by piece: a Tensor, or what lies on disk."""
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def split(self, split_size: int, /) -> Iterable[Tensor]: ...
 
 
 class Normalizer(nn.Module):
@@ -28,8 +48,8 @@ class Normalizer(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, arrays: Mapping[str, Tensor], modes: Mapping[str, str] | str = "limits", *, min_range: float = 1e-4) -> "Normalizer":
-        """Measure arrays {key: (n, *shape)}: the training episodes only.
+    def fit(cls, arrays: Mapping[str, Frames], modes: Mapping[str, str] | str = "limits", *, min_range: float = 1e-4) -> "Normalizer":
+        """Measure arrays {key: (n, *shape)}, the training episodes only, in one pass and bounded memory.
 
         modes, one for all or {key: mode}: limits (min, max -> -1, 1), quantile (1 %, 99 % -> -1, 1), gaussian (mean 0, std 1), identity
         (quaternions, 6-D rotations), image (0 … 255 -> -1, 1). Where no mode is given it is limits; uint8 is always image or identity.
@@ -64,7 +84,7 @@ class Normalizer(nn.Module):
             raise KeyError(f"{key!r} has no statistics (known: {', '.join(self.shapes)}). Fit the normaliser on data that has it")
         return getattr(self, _name("shift", key)), getattr(self, _name("scale", key))
 
-    def _set(self, key: str, x: Tensor, mode: str, min_range: float) -> None:
+    def _set(self, key: str, x: Frames, mode: str, min_range: float) -> None:
         shift, scale = self._affine(key)
         if mode in FIXED:
             shift.fill_(FIXED[mode][0])
@@ -72,11 +92,17 @@ class Normalizer(nn.Module):
             return
         if not len(x):
             raise ValueError(f"{key!r} has no frames to fit on")
-        flat = x.to(torch.float64).reshape(-1, scale.numel())
-        lo, hi = flat.amin(0), flat.amax(0)
+        seen = Moments(quantiles=mode == "quantile")
+        for part in x.split(max(1, BLOCK // max(1, prod(x.shape[1:])))):
+            seen.add(part.reshape(-1, scale.numel()))
+        self.place(key, seen.lo, seen.hi, *measured(mode, seen), min_range=min_range)
+
+    @torch.no_grad()
+    def place(self, key: str, lo: Tensor, hi: Tensor, middle: Tensor, half: Tensor, *, min_range: float = 1e-4) -> None:
+        """Encode key as (x - middle) / half, a channel that does not move between lo and hi as x - (lo + hi) / 2.   All (m,), elements of a frame."""
+        shift, scale = self._affine(key)
         if not (lo.isfinite() & hi.isfinite()).all():
             raise ValueError(f"{key!r} has NaN or infinite values; check_finite(store) names the episode and step")
-        middle, half = MEASURED[mode](flat, lo, hi)
         moves = hi - lo >= torch.maximum(lo.abs(), hi.abs()).mul(1e-6).clamp_min(min_range)
         shift.copy_(torch.where(moves, middle, (lo + hi) / 2).view_as(shift))
         scale.copy_(torch.where(moves, half, torch.ones_like(half)).view_as(scale))
@@ -87,22 +113,18 @@ def _name(part: str, key: str) -> str:
     return f"{part}_{key.replace('%', '%25').replace('.', '%2E')}"
 
 
-def _limits(x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+def measured(mode: str, seen: Moments) -> tuple[Tensor, Tensor]:
+    """shift (m,), scale (m,) of what was seen: limits, quantile (1 % and 99 %, nearest rank) or gaussian."""
+    if mode == "gaussian":
+        return seen.mean, seen.std
+    lo, hi = seen.lo, seen.hi
+    if mode == "quantile":
+        x = seen.sample()
+        a, b = (x.kthvalue(round(q * (len(x) - 1)) + 1, dim=0).values for q in (0.01, 0.99))
+        rests = b - a < 1e-3 * (hi - lo)  # a channel that rests almost always (a contact flag) has no quantiles, so its limits serve
+        lo, hi = torch.where(rests, lo, a), torch.where(rests, hi, b)
     return (lo + hi) / 2, (hi - lo) / 2
 
 
-def _quantile(x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    """1 % and 99 %, nearest rank; a channel that rests almost always (a contact flag) has none, so its limits serve."""
-    at = [round(q * (len(x) - 1)) + 1 for q in (0.01, 0.99)]
-    a, b = (x.kthvalue(k, dim=0).values for k in at)
-    rests = b - a < 1e-3 * (hi - lo)
-    return _limits(x, torch.where(rests, lo, a), torch.where(rests, hi, b))
-
-
-def _gaussian(x: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    return x.mean(0), x.std(0, unbiased=False)
-
-
-Measure = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x (n, m), minimum (m,), maximum (m,)) -> shift (m,), scale (m,)
-MEASURED: dict[str, Measure] = {"limits": _limits, "quantile": _quantile, "gaussian": _gaussian}
+MEASURED = ("limits", "quantile", "gaussian")
 FIXED = {"image": (127.5, 127.5), "identity": (0.0, 1.0)}
