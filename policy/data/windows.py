@@ -5,7 +5,7 @@ Both stay inside the episode: before its start the first frame is repeated (as a
 is repeated and marked invalid.
 """
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,14 +82,25 @@ class TrajectoryDataset(Dataset):
         starts = self._first.unique().tolist()
         return [torch.arange(i, max(i, int(self._last[i]) + 2 - self.horizon)) for i in starts]
 
-    def batch(self, index: Tensor) -> Batch:
-        """index (b,) int64 in [0, len) -> Batch(obs {name: (b, t_obs, *shape)}, action (b, horizon, d), valid (b, horizon)) on `device`."""
+    def batch(self, index: Tensor, only: Collection[str] | None = None) -> Batch:
+        """index (b,) int64 in [0, len) -> Batch(obs {name: (b, t_obs, *shape)}, action (b, horizon, d), valid (b, horizon)) on `device`.
+
+        only: the observations that are wanted, all when None.
+        """
         index = index.to(self._first.device)
         frame, last = index[:, None], self._last[index][:, None]
         past = torch.maximum(frame + self._past, self._first[index][:, None])
         ahead = frame + self._ahead
-        obs = {name: _gather(x, past) for name, x in self.arrays.items() if name != "action"}
+        obs = {name: self._frames(name, past) for name in self.arrays if name != "action" and (only is None or name in only)}
         return Batch(obs, _gather(self.arrays["action"], torch.minimum(ahead, last)), ahead <= last)
+
+    def _frames(self, name: str, frames: Tensor) -> Tensor:
+        """frames (b, t) of an observation -> (b, t, *shape)"""
+        return _gather(self.arrays[name], frames)
+
+    def epoch(self, seed: int) -> "Epoch":
+        """Every window once, in an order drawn from seed."""
+        return Epoch(self, torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).to(self._first.device))
 
     def __getitem__(self, i: int) -> Batch:
         if not -len(self) <= i < len(self):
@@ -103,6 +114,23 @@ class TrajectoryDataset(Dataset):
     def collate(batch: Batch) -> Batch:
         """For DataLoader(collate_fn=…): __getitems__ has made the batch already."""
         return batch
+
+
+class Epoch:
+    """One pass over the windows of a dataset in the order (n,) of training."""
+
+    def __init__(self, data: "TrajectoryDataset", order: Tensor):
+        self.data, self.order = data, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def batch(self, lo: int, hi: int) -> Batch:
+        """The lo-th to the (hi - 1)-th window; fastest where the last batch ended, and the same bits anywhere."""
+        return self.data.batch(self.order[lo:hi])
+
+    def close(self) -> None:
+        """No batch is wanted any more."""
 
 
 def split_episodes(n: int, split: str, *, val_ratio: float, seed: int, max_episodes: int | None) -> list[int]:

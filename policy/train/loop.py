@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from policy.data.windows import TrajectoryDataset
+from policy.data.windows import Epoch, TrajectoryDataset
 from policy.planner import Planner
 from policy.train import checkpoint
 from policy.train.ema import Ema
@@ -98,7 +98,7 @@ class Trainer:
         if settings.compile:
             planner.denoiser.net.compile()  # in place: the weights keep their names
         self.step, self.cpu_s, self.wall_s = 0, 0.0, 0.0
-        self._order: tuple[int, Tensor] | None = None
+        self._epoch: tuple[int, Epoch] | None = None
         self._stop = False
 
     def run(self, log: Log) -> None:
@@ -166,13 +166,13 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         """The batch of 0-based `step`: every window once per epoch, in an order drawn from (seed, epoch)."""
-        n, b = len(self.data), min(self.settings.batch, len(self.data))
-        per_epoch = n // b
-        epoch, at = divmod(step, per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(_mix(self.settings.seed, epoch, 0))
-            self._order = (epoch, torch.randperm(n, generator=generator).to(self.device))
-        return self.data.batch(self._order[1][at * b: (at + 1) * b]).to(self.device)
+        b = min(self.settings.batch, len(self.data))
+        epoch, at = divmod(step, len(self.data) // b)
+        if self._epoch is None or self._epoch[0] != epoch:
+            if self._epoch is not None:
+                self._epoch[1].close()
+            self._epoch = (epoch, self.data.epoch(_mix(self.settings.seed, epoch, 0)))
+        return self._epoch[1].batch(at * b, (at + 1) * b).to(self.device)
 
     @torch.no_grad()
     def validation_loss(self, windows: int = 2048) -> float | None:
@@ -205,7 +205,7 @@ class Trainer:
         if facts["windows"] != len(self.data):
             raise ValueError(f"the run was trained on {facts['windows']} windows, this dataset has {len(self.data)}: resuming would not continue it. "
                              "Point data.path at the same dataset, or start a new run")
-        kept = ("encoder", "net", "schedule", "denoiser", "objective", "padding_loss", "obs_noise", "cond_drop", "rtc")
+        kept = ("encoder", "net", "schedule", "denoiser", "objective", "padding_loss", "obs_noise", "cond_drop", "rtc", "transform", "per_step")
         learned = [k for k in kept if facts["planner"].get(k) != self.config.get(k)]
         if learned:
             raise ValueError(f"the run was trained with another {', '.join(learned)}: {({k: facts['planner'].get(k) for k in learned})}. "
