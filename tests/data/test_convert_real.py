@@ -104,4 +104,4 @@ def test_every_dataset_converts_and_trains(real, tmp_path):
                     "net.widths=[32,64]", "train.batch=32")
     assert "trained 200 steps" in trained
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines() if "loss" in line]
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[-1] < 0.9 * losses[0], losses
