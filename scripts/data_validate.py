@@ -26,8 +26,9 @@ def start(cfg: DictConfig) -> None:
     d = plain(cfg)
     path, out, strict = Path(d.pop("path")), d.pop("out"), d.pop("strict")
     with ExitStack() as stack:
-        store = opened(path, d.pop("format"), d.pop("mapping"), stack)
-        report = checked(store, image_bytes=1e9 * d.pop("images"), **d)
+        store = opened(path, d.pop("format"), d.pop("mapping"), d["fps"], stack)
+        called = "" if store == path else str(path.with_suffix(".zarr"))
+        report = checked(store, image_bytes=1e9 * d.pop("images"), called=called, **d)
         folder = Path(out or f"{str(path).rstrip('/')}.validate")
         folder.mkdir(parents=True, exist_ok=True)
         page = write_page(report, folder / "validate.html")
@@ -36,7 +37,7 @@ def start(cfg: DictConfig) -> None:
     raise SystemExit(report.exit_code(strict=strict))
 
 
-def opened(path: Path, format: str | None, mapping: str | None, stack: ExitStack) -> Path:
+def opened(path: Path, format: str | None, mapping: str | None, fps: float | None, stack: ExitStack) -> Path:
     """A store: path itself, or a copy of another format that lives until the stack is closed."""
     if not path.exists():
         raise DataError(f"{path} does not exist. Check path=…")
@@ -44,8 +45,8 @@ def opened(path: Path, format: str | None, mapping: str | None, stack: ExitStack
         return path
     name = format or detect(path)
     dst = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dipole-validate-"))) / path.with_suffix(".zarr").name
-    done = convert(path, dst, format=name, mapping=mapping)
-    console.print("\n".join([f"converted for the while from {name}; keys are called as dipole data convert would call them",
+    done = convert(path, dst, format=name, mapping=mapping, fps=fps)
+    console.print("\n".join([f"{name}, looked at as dipole data convert src={path} dst={path.with_suffix('.zarr')} would make it",
                              *(f"note: {note}" for note in done.notes)]), highlight=False, soft_wrap=True, markup=False)
     return dst
 
@@ -80,7 +81,7 @@ def told(report: Report) -> list[str]:
     size = f"{counted(facts['episodes'], 'episode')}, {counted(facts['steps'], 'step')}" if facts else "cannot be read"
     head = [f"{report.path}: {size}, checked in {report.seconds:.1f} s{looked}"]
     if action := facts.get("action"):
-        head.append(f"actions look {action['looks']} (declared: {action['declared']}); the state follows after {counted(action['lag'], 'step')}, "
+        head.append(f"actions look {action['looks']} (declared: {action['declared']}) and go best with the state {counted(action['lag'], 'step')} later, "
                     f"correlation {action['correlation']:.2f}")
     totals = ", ".join(counted(report.count(s), s) for s in SEVERITIES)
     return [*head, *(line for f in report.findings for line in ["", *lines(f)]), "", totals]

@@ -26,7 +26,10 @@ CHECKS: dict[str, Check] = {"finite": values.not_finite, "lengths": stamps.lengt
 
 @dataclass
 class Report:
-    """path: file or URL.   findings, worst first.   facts: what the dataset is, in words.   data: to draw from, None when it could not be opened.   seconds: spent looking."""
+    """path: file or URL.   findings, worst first.   facts: what the dataset is.   data: to draw from, None when it could not be read.
+
+    seconds: spent looking.
+    """
     path: str
     findings: list[Finding]
     facts: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +98,7 @@ def check(store: Reads, *, skip: Sequence[str] = (), progress: Progress | None =
     unique = {(f.severity, f.code, f.key, f.text): f for f in found}
     if broken := any(f.code == "unreadable" for f in found):
         data.action = ""  # nothing more is read
-    return Report(str(store.path), ordered(unique.values()), facts(data), None if broken else data, time.perf_counter() - start)
+    return Report(str(data.path), ordered(unique.values()), facts(data), None if broken else data, time.perf_counter() - start)
 
 
 def facts(data: Data) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def cards(report: Report) -> str:
     out = [card(s.capitalize() + "s", str(n := report.count(s)), means[s], paint[s] if n else "") for s in SEVERITIES]
     if action := report.facts.get("action"):
         declared = action["declared"] if action["declared"] != "unknown" else "not declared"
-        out.append(card("Actions look", action["looks"], f"{declared}; the state follows after {action['lag']} steps (correlation {action['correlation']})"))
+        out.append(card("Actions look", action["looks"], f"{declared}; they "
+                        f"go best with the state {action['lag']} steps later (correlation {action['correlation']})"))
     if length := report.facts.get("length"):
         out.append(card("Length", str(length[1]), f"steps, median; {length[0]} to {length[2]}"))
     return f'<section class="cards">{"".join(out)}</section>'

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from policy.data.checks.finding import Finding, Place, finding, some
 from policy.data.checks.look import Data
 from policy.data.checks.relate import Array, changes, correlation, joined, moving_states, shifted
+from policy.page import counted
 
 PAST, AHEAD = 8, 24        # lags looked at [steps]
 CLEAR, MARGIN = 0.4, 0.05  # a correlation worth a word, and what one lag must be ahead of another by
@@ -58,7 +59,8 @@ def pairs(data: Data) -> Pairs | None:
 def matched(data: Data) -> Pairs | None:
     if not data.action or not data.scales(data.action).moves.any():
         return None
-    together = joined(data, {data.action: np.arange(data.width(data.action)), **moving_states(data)})
+    seen = data.observed | {data.semantics.of or ""}  # what is kept beside it may be the action itself, in its parts
+    together = joined(data, {data.action: np.arange(data.width(data.action)), **moving_states(data, seen)})
     d = data.width(data.action)
     if together is None or together.values.shape[1] == d or len(together.values) < 4 * PAST:
         return None
@@ -112,8 +114,9 @@ def lag(data: Data) -> list[Finding]:
     best = int(lags[mean.argmax()])
     copies = [int(k) for k, row in zip(lags, found.apart[:, use], strict=True) if (row < COPY).all()] if kind == "target" else []
     before = copies[-1] if copies else best
-    fix = f"Check which clock stamped them; to take each action {max(1, 1 - before)} steps later, convert with action_from: [{{key: {data.action}, " \
-        f"shift: {max(1, 1 - before)}}}] in the mapping"
+    shift = max(1, 1 - before)
+    fix = f"Check which clock stamped them; to take each action {counted(shift, 'step')} later, convert with action_from: " \
+        f"[{{key: {data.action}, shift: {shift}}}] in the mapping"
     if copies and before <= 0:
         return [finding("error", "action_lag", "the action is a copy of the state " + ("of the same frame" if before == 0 else f"{-before} steps before"),
                         key=data.action, channels=use, why="The policy learns to stay where it is: it reads the answer off its observation.", fix=fix,

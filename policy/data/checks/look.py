@@ -90,21 +90,23 @@ class Data:
 
     action: key of the actions, '' where there is none.   horizon [steps], val_ratio and seed: as `dipole train` has them.
     image_bytes: of each image key, decoded; keep: of the others, held.
+    fps: of a dataset that does not say.   called: what commands call it, when it is a copy.   observed: keys that a policy sees, unless told otherwise.
     chunks {key: frames that are decoded together}.   looked {image key: share of its frames that was looked at}.
     roles {key: image, action, time, index, flag, text or state}.   lengths (E,), starts (E,).   fps [1/s] or None.
     """
 
     def __init__(self, store: Reads, *, action: str = "action", horizon: int = 16, val_ratio: float = 0.02, seed: int = 42,
-                 image_bytes: float = 2**30, keep: int = 2**29, chunks: Mapping[str, int] | None = None):
+                 image_bytes: float = 2**30, keep: int = 2**29, chunks: Mapping[str, int] | None = None, fps: float | None = None, called: str = ""):
         self.store, self.horizon, self.val_ratio, self.seed, self.image_bytes = store, horizon, val_ratio, seed, image_bytes
         self.chunks, self.looked = dict(chunks or {}), {}  # type: dict[str, int], dict[str, float]
-        self.path, self.schema, attrs = store.path, dict(store.schema), store.attrs
+        self.path, self.schema, attrs = called or store.path, dict(store.schema), store.attrs
         self.action = action if action in self.schema else "actions" if "actions" in self.schema else ""
         self.ends = np.asarray(store.episode_ends, np.int64)
         self.lengths = np.diff(self.ends, prepend=0)
         self.starts = self.ends - self.lengths
         self.frames = int(self.ends[-1]) if len(self.ends) else 0
-        self.fps: float | None = attrs.get("fps") or None
+        self.fps: float | None = attrs.get("fps") or fps
+        self.observed = observed(attrs.get("obs"), self.action, self.schema)
         self.units: Mapping[str, str] = attrs.get("units") or {}
         self.semantics = Semantics.from_json(attrs.get("action"))
         self.roles = {key: role(key, shape, dtype, self.action) for key, (shape, dtype) in self.schema.items()}
@@ -186,6 +188,14 @@ class Data:
 def least_range(lo: NDArray[Any], hi: NDArray[Any]) -> NDArray[Any]:
     """Below it policy.data.normalize takes a channel for constant."""
     return np.maximum(1e-6 * np.maximum(np.abs(lo), np.abs(hi)), 1e-4)
+
+
+def observed(said: Any, action: str, schema: Mapping[str, Any]) -> set[str]:
+    """Keys of the attribute `obs`, a list of keys or {name: key or {key: …}}; without it every key but the action."""
+    if not said:
+        return set(schema) - {action}
+    specs = said.values() if isinstance(said, Mapping) else said
+    return {spec["key"] if isinstance(spec, Mapping) else spec for spec in specs}
 
 
 def role(key: str, shape: tuple[int, ...], dtype: np.dtype, action: str) -> str:

@@ -8,6 +8,7 @@ from policy.data.checks.finding import Finding, Place, drop, finding, trim
 from policy.data.checks.look import OVERLAP, Data, runs
 from policy.data.checks.relate import rates
 from policy.data.checks.rotation import turning
+from policy.page import counted
 
 IDLE = 0.005        # of its range a channel may drift in an idle stretch
 IDLE_SECONDS = 1.0  # how long nothing happens before it is worth a word; IDLE_STEPS where the rate is unknown
@@ -94,7 +95,8 @@ def jumps(data: Data) -> list[Finding]:
     borders = {frame for frame, of in step_at.items() if is_border(data, frame, of, {k: int(smooth[k].sum()) for k in states})}
     if borders:
         places = [data.place(f) for f in borders]
-        out.append(finding("error", "missed_border", f"everything jumps at once, {len(borders)} times within episodes: two were run together", places=places,
+        out.append(finding("error", "missed_border", f"everything jumps at once in {counted(len(borders), 'place')} within episodes: two were run together",
+                           places=places,
                            why="Windows across the border teach a motion that no robot can make.",
                            fix=f"Write the missing ends ({', '.join(map(str, sorted(borders)[:8]))}) into meta/episode_ends; or {drop(data.path, places)}"))
     for key in data.motion:
@@ -142,10 +144,11 @@ def jumped(data: Data, key: str, code: str, at: dict[int, list[int]]) -> Finding
         before, after = np.asarray(data.store.read(key, frame - 1, frame + 1)).reshape(2, -1)[:, of[0]]
         places.append(data.place(frame, channel=of[0], text=f"{data.label(key, of[0])} {before:.4g} → {after:.4g}"))
     if code == "glitch":
-        return finding("warning", code, f"single frames far from their neighbours, {len(at):,} of them", key=key, channels=channels, places=places,
+        return finding("warning", code, f"{counted(len(at), 'frame')} far from both neighbours", key=key, channels=channels, places=places,
                        count=len(at), why="A lost packet or a wrong reading; it widens the limits of the normaliser, and a robot would twitch.",
                        fix=f"Replace the frame by the mean of its neighbours, or {drop(data.path, places)}")
     why = ("The robot would be asked to leap: a teleoperation that was released and taken up elsewhere." if action
            else "The robot cannot have moved like that: a reset, lost frames or a tracking error; the policy learns a leap.")
-    return finding("note" if action else "warning", code, f"leaps in one step, {len(at):,} times", key=key, channels=channels, places=places, count=len(at),
+    return finding("note" if action else "warning", code, f"leaps in one step, in {counted(len(at), 'place')}", key=key, channels=channels, places=places,
+                   count=len(at),
                    why=why, fix=f"dipole data view path={data.path} episode={places[0].episode}; if it is none of the robot's, {drop(data.path, places)}")

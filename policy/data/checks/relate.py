@@ -1,6 +1,6 @@
 """What goes with what: moving channels of several keys side by side, correlations at a lag, and which channels are the rate of others."""
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -24,9 +24,9 @@ class Joined:
     at: NDArray[np.int64]
 
 
-def moving_states(data: Data) -> dict[str, NDArray[np.int64]]:
-    """{key: channels of states that move and take many values}"""
-    moving = {key: np.flatnonzero(data.scales(key).moves & ~data.scales(key).few) for key in data.keys("state")}
+def moving_states(data: Data, keys: Iterable[str] | None = None) -> dict[str, NDArray[np.int64]]:
+    """{key: channels of states (of keys, or all) that move and take many values}"""
+    moving = {key: np.flatnonzero(data.scales(key).moves & ~data.scales(key).few) for key in data.keys("state") if keys is None or key in keys}
     return {key: use for key, use in moving.items() if len(use)}
 
 
