@@ -130,7 +130,8 @@ class Controller:
         def draw(like: torch.Tensor) -> torch.Tensor:
             return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
 
-        noise = draw(torch.empty(len(at), spec.horizon, spec.action_dim, device=self.device))
+        size = getattr(self.planner, "size", (spec.horizon, spec.action_dim))
+        noise = draw(torch.empty(len(at), *size, device=self.device))
         told = {} if prefix is None else {"prefix": torch.from_numpy(prefix).to(self.device), **self.options}
         chunk: np.ndarray = self.planner.plan({k: h[at].to(self.device) for k, h in self.history.items()}, noise=noise, draw=draw, **told).float().cpu().numpy()
         return chunk

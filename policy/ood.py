@@ -38,8 +38,8 @@ def ood_score(planner: Planner, obs: Obs, kind: str = "loss", *, seed: int = 0, 
         return torch.randn(x.shape[1:], generator=source).to(x).expand_as(x)
 
     cond, path = planner.encode(obs), planner.denoiser.path
-    like = cond.tokens.new_empty(len(cond.tokens), planner.spec.horizon, planner.spec.action_dim)
-    x0 = planner.normalizer.encode({"action": planner.sample(obs, cond, noise=same(like), draw=same)})["action"]
+    like = cond.tokens.new_empty(len(cond.tokens), *planner.size)
+    x0 = planner.encode_actions(planner.sample(obs, cond, noise=same(like), draw=same), obs)
     if kind == "likelihood":
         u = x0 + levels(path, floor, steps)[0] * same(x0)
         return -log_density(planner.denoiser, path, u, cond, floor=floor, steps=steps, trace=trace, draw=same).mean(0) / x0[0].numel()
@@ -55,7 +55,7 @@ def noisy(planner: Planner, std: float, seed: int = 0) -> Perturb:
     """White noise of this standard deviation on the normalised observations."""
     def perturb(obs: Obs) -> Obs:
         source = torch.Generator().manual_seed(seed)
-        return planner.normalizer.decode({k: x + std * torch.randn(x.shape, generator=source).to(x) for k, x in planner.normalizer.encode(obs).items()})
+        return planner.decode_obs({k: x + std * torch.randn(x.shape, generator=source).to(x) for k, x in planner.encode_obs(obs).items()})
     return perturb
 
 
@@ -63,10 +63,10 @@ def shifted(planner: Planner, by: float, seed: int = 0) -> Perturb:
     """Every channel off by +by or -by (normalised units), the same in all steps of a history: a sensor that moved."""
     def perturb(obs: Obs) -> Obs:
         source, out = torch.Generator().manual_seed(seed), {}
-        for k, x in planner.normalizer.encode(obs).items():
+        for k, x in planner.encode_obs(obs).items():
             signs = torch.randn((len(x), 1, *x.shape[2:]), generator=source).sign().to(x)
             out[k] = x + by * signs
-        return planner.normalizer.decode(out)
+        return planner.decode_obs(out)
     return perturb
 
 

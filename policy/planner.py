@@ -1,18 +1,18 @@
-"""From an observation history to a chunk of actions: normaliser, encoder, denoiser, sampler and guides as one pure function."""
+"""From an observation history to a chunk of actions: transform, normaliser, encoder, denoiser, sampler and guides as one pure function."""
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from policy.data.normalize import Normalizer
+from policy.data.transform import NOTHING, Transform
 from policy.diffusion.denoiser import Denoiser
 from policy.diffusion.guides import HARD, WITHOUT_GRADIENT, BestOf, Frame, Undefined, base, cfg, scores
 from policy.diffusion.objective import JUMPS, Objective, denoising, discrete, inside
 from policy.diffusion.path import grid
-from policy.diffusion.rtc import Promise
+from policy.diffusion.rtc import Past, Promise
 from policy.diffusion.samplers import Draw, Sampler, consistency, first_order
 from policy.timeline import CONTINUES, MERGES, soft_mask
 from policy.types import Batch, Cond, Denoise, Obs, Spec, shape
@@ -23,20 +23,22 @@ Guide = Callable[[Denoise, Frame], Denoise]
 class Planner(nn.Module):
     """`loss(batch)` trains it, `plan(obs)` uses it. It keeps no state between calls.
 
-    encoder: Obs -> Cond.   sampler, steps, spacing, temperature: how plans are drawn, free to change after training.   guides: applied in
-    order, the last one outermost.   objective: what training minimises (policy.diffusion.objective).   padding_loss: whether actions repeated
-    behind an episode's end are learned (the robot learns to stop there).   obs_noise: standard deviation added to normalised observations in
-    training, against overfitting few demonstrations.   cond_drop: share of training samples without condition, for classifier-free guidance.
-    rtc: most first steps of a chunk that training shows as known (training-time real-time chunking, arXiv 2512.05964), for merge=prefix; the
-    denoiser's network must be a policy.nets.prefix.Prefix then.
+    normalizer, transform: from physical units to the network's, the transform first; self.size is a chunk's there.   encoder: Obs -> Cond.
+    sampler, steps, spacing, temperature: how plans are drawn, free to change after training.   guides: applied in order, the last one outermost.
+    objective: what training minimises (policy.diffusion.objective).   padding_loss: whether actions repeated behind an episode's end are learned (the
+    robot learns to stop there).   obs_noise: standard deviation added to normalised observations in training, against overfitting few
+    demonstrations.   cond_drop: share of training samples without condition, for classifier-free guidance.   rtc: most first steps of a chunk that
+    training shows as known (training-time real-time chunking, arXiv 2512.05964), for merge=prefix; the denoiser's network must be a
+    policy.nets.prefix.Prefix then.
     """
 
     def __init__(self, spec: Spec, normalizer: Normalizer, encoder: nn.Module, denoiser: Denoiser, *, sampler: Sampler = first_order,
                  steps: int = 10, spacing: str | Sequence[float] = "trailing", temperature: float = 1.0, guides: Sequence[Guide | BestOf] = (),
                  objective: Objective = denoising, padding_loss: bool = False, obs_noise: float = 0.0, cond_drop: float = 0.0,
-                 rtc: int = 0):
+                 rtc: int = 0, transform: Transform = NOTHING):
         super().__init__()
         self.spec, self.normalizer, self.encoder, self.denoiser, self.objective = spec, normalizer, encoder, denoiser, objective
+        self.transform, self.size = transform, (spec.horizon, transform.width(spec.action_dim, spec.obs))
         if not 0 <= cond_drop < 1 or not obs_noise >= 0:
             raise ValueError(f"cond_drop={cond_drop} must lie in [0, 1) and obs_noise={obs_noise} not be negative")
         if not 0 <= rtc < spec.horizon:
@@ -93,7 +95,7 @@ class Planner(nn.Module):
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 taught = {"teacher": trial} if "teacher" in inspect.signature(self.objective).parameters else {}
-                self.objective(trial, torch.zeros(2, self.spec.horizon, self.spec.action_dim), None, 0.0, **taught)
+                self.objective(trial, torch.zeros(2, *self.size), None, 0.0, **taught)
         except TypeError as e:
             raise ValueError(f"the objective cannot be used: {e}. `dipole train --help` lists what objective and density take") from e
 
@@ -106,10 +108,10 @@ class Planner(nn.Module):
         if len(best) > 1:
             raise ValueError("plans are chosen once: one BestOf, whose value may add several")
         g = torch.Generator().manual_seed(0)  # a misfit shows now, not on the robot: the guides around a denoiser that knows nothing
-        x = 0.3 * torch.randn(2, self.spec.horizon, self.spec.action_dim, generator=g)
-        obs = {k: 0.3 * torch.randn(2, self.spec.t_obs, *size, generator=g) for k, size in self.spec.obs.items()}
+        x = 0.3 * torch.randn(2, *self.size, generator=g)
+        obs = {k: 0.3 * torch.randn(2, self.spec.t_obs, *size, generator=g) for k, size in self.transform.sizes(self.spec.obs).items()}
         first = next(self.normalizer.buffers())
-        x, obs = x.to(first), self.normalizer.decode({k: v.to(first) for k, v in obs.items()})
+        x, obs = x.to(first), self.decode_obs({k: v.to(first) for k, v in obs.items()})
         frame = self.frame(obs)
         with suppress(Undefined), torch.no_grad():  # random numbers are no place to judge values
             self._wrap(guides, lambda x, tau, cond: x, frame)(x, x.new_full((2,), self.denoiser.path.tau_max / 2), Cond(x[:, :1]))
@@ -119,13 +121,13 @@ class Planner(nn.Module):
 
     def loss(self, batch: Batch, progress: float = 0.0) -> Tensor:
         """Mean loss of each sample, (b,). progress in [0, 1]: how much of training is done."""
-        obs = self.normalizer.encode(batch.obs)
+        obs = self.encode_obs(batch.obs)
         if self.training and self.obs_noise:
             obs = {k: v + self.obs_noise * torch.randn_like(v) for k, v in obs.items()}
         cond = self.encoder(obs)
         if self.training and self.cond_drop:
             cond = cond.drop(self.cond_drop)
-        x0 = self.normalizer.encode({"action": batch.action})["action"]
+        x0 = self.encode_actions(batch.action, batch.obs, batch.valid)
         weight = torch.ones_like(batch.valid) if self.padding_loss else batch.valid
         told: dict[str, Tensor] = {}
         if self.rtc:
@@ -146,7 +148,29 @@ class Planner(nn.Module):
         for key, size in self.spec.obs.items():
             if tuple(obs[key].shape[1:]) != (self.spec.t_obs, *size):
                 raise ValueError(f"observation {key!r} must be (b, {self.spec.t_obs}, {', '.join(map(str, size))}), got {tuple(obs[key].shape)}")
-        return self.encoder(self.normalizer.encode({k: obs[k] for k in self.spec.obs}))
+        return self.encoder(self.encode_obs({k: obs[k] for k in self.spec.obs}))
+
+    def encode_obs(self, obs: Obs) -> Obs:
+        """Physical observations {key: (b, t_obs, *shape)} as the encoder sees them."""
+        return self.normalizer.encode(self.transform.encode_obs(obs))
+
+    def decode_obs(self, obs: Obs) -> Obs:
+        """The inverse of encode_obs."""
+        return self.transform.decode_obs(self.normalizer.decode(obs))
+
+    def encode_actions(self, actions: Tensor, obs: Obs, valid: Tensor | None = None) -> Tensor:
+        """Physical actions (b,p,d), or (p,d) for every row, from now on under obs -> as the network sees them, (b,p,d'); p up to the horizon.
+
+        valid: (b,p), see Batch.
+        """
+        p = actions.shape[-2]
+        if actions.ndim == 2:
+            actions = actions.expand(len(next(iter(obs.values()))), -1, -1)
+        return self.normalizer.encode({"action": _whole(self.transform.encode(actions, obs, valid), self.size[0])})["action"][:, :p]
+
+    def decode_actions(self, x: Tensor, obs: Obs) -> Tensor:
+        """A chunk (b,t,d') of the network's as physical actions (b,t,d) under obs."""
+        return self.transform.decode(self.normalizer.decode({"action": x})["action"], obs)
 
     def _wrap(self, guides: Sequence[Guide | BestOf], denoise: Denoise, frame: Frame) -> Denoise:
         for guide in guides:
@@ -155,14 +179,13 @@ class Planner(nn.Module):
         return denoise
 
     def frame(self, obs: Obs) -> Frame:
-        return Frame(self.denoiser.path, obs, lambda x: self.normalizer.decode({"action": x})["action"],
-                     lambda actions: self.normalizer.encode({"action": actions})["action"])
+        return Frame(self.denoiser.path, obs, lambda x: self.decode_actions(x, obs), lambda actions: self.encode_actions(actions, obs))
 
     def plan(self, obs: Obs, *, noise: Tensor | None = None, prefix: Tensor | None = None, committed: int | None = None, merge: str = "frozen",
              warm: float | None = None, limit: float = 5.0, prior: float = 1.0, draw: Draw = torch.randn_like) -> Tensor:
         """Actions (b, t, d) in physical units; plan[:, 0] is due now.
 
-        obs: {key: (b, t_obs, *shape)} in physical units.   noise: (b, t, d) standard normal, drawn when absent; the same noise gives the
+        obs: {key: (b, t_obs, *shape)} in physical units.   noise: (b, *self.size) standard normal, drawn when absent; the same noise gives the
         same plan with a deterministic sampler, and with a stochastic one when draw (x -> noise like x) gives the same too.
         prefix: (b, p, d) physical actions already promised from now on.   committed: how many of them are going to be executed whatever the plan
         says, all when absent.   merge: what is made of them. naive, ensemble: nothing.   frozen: the plan is denoised around the committed ones.
@@ -178,7 +201,7 @@ class Planner(nn.Module):
             return self._best(chosen, obs, noise, past, draw)
         return self.sample(obs, self.encode(obs), noise=noise, past=past, draw=draw)
 
-    def _past(self, prefix: Tensor, committed: int | None, merge: str, warm: float | None, limit: float, prior: float) -> "Past":
+    def _past(self, prefix: Tensor, committed: int | None, merge: str, warm: float | None, limit: float, prior: float) -> Past:
         p = shape(prefix, "b p d", b=len(prefix), d=self.spec.action_dim)[1]
         committed = p if committed is None else committed
         if p > self.spec.horizon:
@@ -194,7 +217,7 @@ class Planner(nn.Module):
                              f"train with train.rtc={max(committed, 1)} or more, or use merge=frozen or guided, which need no training")
         return Past(prefix, committed, merge, warm, limit, prior)
 
-    def sample(self, obs: Obs, cond: Cond, *, noise: Tensor | None = None, past: "Past | None" = None, draw: Draw = torch.randn_like) -> Tensor:
+    def sample(self, obs: Obs, cond: Cond, *, noise: Tensor | None = None, past: Past | None = None, draw: Draw = torch.randn_like) -> Tensor:
         """plan, for a condition that is encoded already; no BestOf."""
         if torch.is_inference_mode_enabled() and ((past and past.merge == "guided") or any(base(g) not in WITHOUT_GRADIENT for g in self.guides)):
             with torch.inference_mode(False), torch.no_grad():
@@ -203,7 +226,7 @@ class Planner(nn.Module):
                 return self.sample({k: v.clone() for k, v in obs.items()}, cond.map(torch.clone), noise=None if noise is None else noise.clone(),
                                    past=past, draw=draw)
         b = len(cond.tokens)
-        size = (b, self.spec.horizon, self.spec.action_dim)
+        size = (b, *self.size)
         if noise is None:
             noise = torch.randn(size, device=cond.tokens.device, dtype=cond.tokens.dtype)
         shape(noise, "b t d", b=b, t=size[1], d=size[2])
@@ -212,29 +235,30 @@ class Planner(nn.Module):
         settle: Denoise = self._wrap([g for g in self.guides if base(g) in HARD], lambda x, tau, cond: x, frame)
         promise = None
         if past is not None:
-            shape(past.prefix, "b p d", b=b, d=size[2])
-            promise = self._promise(past, noise)
+            shape(past.prefix, "b p d", b=b, d=self.spec.action_dim)
+            promise = self._promise(past, obs, noise)
             denoise, settle = promise.inside(denoise, self.denoiser.path), promise.outside(settle)
         denoise = self._wrap(self.guides, denoise, frame)
         if promise is not None:
             denoise = promise.outside(denoise)
         options = {"draw": lambda x: self.temperature * draw(x)} if self.noisy else {}
-        start, taus = self._start(noise, past)
+        start, taus = self._start(noise, past, obs)
         x = self.sampler(denoise, self.denoiser.path, start, taus, cond, **options)
         x = settle(x, x.new_zeros(b), cond)  # not every sampler ends on x0_hat, nor are the hard guides always outermost
-        actions = self.normalizer.decode({"action": x})["action"]
+        actions = self.decode_actions(x, obs)
         if past is not None and past.merge in CONTINUES:
             actions = torch.cat([past.prefix[:, :past.committed], actions[:, past.committed:]], 1)
         return actions
 
-    def _promise(self, past: "Past", like: Tensor) -> Promise:
+    def _promise(self, past: Past, obs: Obs, like: Tensor) -> Promise:
         p, t = past.prefix.shape[1], like.shape[1]
         known = torch.zeros_like(like)
-        known[:, :p] = self.normalizer.encode({"action": past.prefix})["action"]
+        if p:
+            known[:, :p] = self.encode_actions(past.prefix, obs)
         weight = torch.from_numpy(soft_mask(t, past.committed, p)).to(like)[:, None]
         return Promise(known, past.committed, weight, past.merge, past.limit, past.prior)
 
-    def _start(self, noise: Tensor, past: "Past | None") -> tuple[Tensor, Sequence[float]]:
+    def _start(self, noise: Tensor, past: Past | None, obs: Obs) -> tuple[Tensor, Sequence[float]]:
         """Where the sampler starts, and its times from there on."""
         taus, path = self.taus, self.denoiser.path
         if past is None or past.warm is None or not past.prefix.shape[1]:
@@ -243,14 +267,13 @@ class Planner(nn.Module):
         if len(taus) < 2:
             raise ValueError(f"warm={past.warm} lies below the sampler's last noise time {self.taus[-2]:.3g}: nothing would be left to do. "
                              f"Use warm={self.taus[-2]:.2g} or more, or more sampler.steps")
-        short = noise.shape[1] - past.prefix.shape[1]
-        guess = torch.cat([past.prefix, past.prefix[:, -1:].expand(-1, short, -1)], 1)
+        guess, known = _whole(past.prefix, noise.shape[1]), torch.arange(noise.shape[1], device=noise.device) < past.prefix.shape[1]
         a = float(path.alpha(torch.tensor(taus[0], dtype=torch.float64)))
-        return a * self.normalizer.encode({"action": guess})["action"] + noise * (self.temperature * path.start_std(taus[0])), taus
+        return a * self.encode_actions(guess, obs, known.expand(len(guess), -1)) + noise * (self.temperature * path.start_std(taus[0])), taus
 
-    def _best(self, best: BestOf, obs: Obs, noise: Tensor | None, past: "Past | None", draw: Draw) -> Tensor:
+    def _best(self, best: BestOf, obs: Obs, noise: Tensor | None, past: Past | None, draw: Draw) -> Tensor:
         n, cond = best.n, self.encode(obs)
-        b, (t, d) = len(cond.tokens), (self.spec.horizon, self.spec.action_dim)
+        b, (t, d) = len(cond.tokens), self.size
         obs, cond = {k: v.repeat_interleave(n, 0) for k, v in obs.items()}, cond.map(lambda x: x.repeat_interleave(n, 0))
         first = torch.randn(b, t, d, device=cond.tokens.device, dtype=cond.tokens.dtype) if noise is None else noise
         starts = torch.stack([first, *(draw(first) for _ in range(n - 1))], 1).flatten(0, 1)
@@ -264,18 +287,9 @@ class Planner(nn.Module):
         return plans.unflatten(0, (b, n))[torch.arange(b, device=plans.device), value.reshape(b, n).argmax(1)]
 
 
-@dataclass(frozen=True)
-class Past:
-    """The checked arguments of plan that say what is promised: prefix (b,p,d) in physical units."""
-    prefix: Tensor
-    committed: int
-    merge: str
-    warm: float | None
-    limit: float
-    prior: float
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "Past":
-        return replace(self, prefix=fn(self.prefix))
+def _whole(actions: Tensor, t: int) -> Tensor:
+    """(b,p,d) as (b,t,d), the last action repeated."""
+    return actions if actions.shape[1] == t else torch.cat([actions, actions[:, -1:].expand(-1, t - actions.shape[1], -1)], 1)
 
 
 class _Nothing(nn.Module):

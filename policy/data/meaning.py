@@ -1,6 +1,6 @@
 """Arguments of transforms that a configuration leaves open, from what a dataset says of its actions (policy.data.semantics)."""
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from policy.data.relative import AbsoluteToDelta, DeltaToAbsolute, RelativeToChunk
@@ -78,6 +78,15 @@ def make(node: Node) -> Transform:
     if target not in OURS:
         raise ValueError(f"{target!r} is no transform of dipole's; known are {', '.join(OURS)}")
     return OURS[target](**{k: v for k, v in node.items() if k != "_target_"})
+
+
+def described(transform: Transform) -> dict[str, dict[str, Any]]:
+    """The configuration that chain makes it of again. ValueError when it has a transform that is not ours."""
+    parts = transform.parts if isinstance(transform, Chain) else (transform,)
+    if foreign := [type(part).__name__ for part in parts if type(part) not in OURS.values()]:
+        raise ValueError(f"the transform {foreign[0]} cannot leave torch: an export knows {', '.join(kind.__name__ for kind in OURS.values())} alone. Export "
+                         "with format=torch, or serve the run: dipole serve run=…")
+    return {str(i): {"_target_": f"{type(part).__module__}.{type(part).__name__}", **asdict(part)} for i, part in enumerate(parts)}  # type: ignore[call-overload]
 
 
 def chain(nodes: Mapping[str, Node]) -> Chain:

@@ -37,6 +37,10 @@ class RelativeToChunk(Transform):
     def volume(self) -> bool:  # type: ignore[override]
         return self.rotation is None
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.state,)
+
     def __post_init__(self) -> None:
         if self.frame not in FRAMES:
             raise ValueError(f"frame={self.frame!r} is unknown; use one of {', '.join(FRAMES)}")

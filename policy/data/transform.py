@@ -20,6 +20,11 @@ class Transform:
     """The identity, and what every transform can be asked."""
     volume = True  # a density of what encode gives is one of the actions
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Observations that encode and decode look at."""
+        return ()
+
     def encode(self, action: Array, obs: Seen, valid: Array | None = None) -> Array:
         """valid: (b,t) bool, False on actions repeated behind an episode's end; all hold when absent."""
         return action
@@ -52,6 +57,10 @@ class Chain(Transform):
     def volume(self) -> bool:  # type: ignore[override]
         return all(part.volume for part in self.parts)
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(key for part in self.parts for key in part.reads))
+
     def encode(self, action: Array, obs: Seen, valid: Array | None = None) -> Array:
         for part in self.parts:
             action = part.encode(action, obs, valid)
@@ -81,6 +90,9 @@ class Chain(Transform):
         for part in self.parts:
             sizes = part.sizes(sizes)
         return dict(sizes)
+
+
+NOTHING = Chain()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 All are wrapped around the denoiser itself, inside every other guide. Known actions are normalised; noise time falls from 1 to 0.
 """
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,6 +12,20 @@ from torch import Tensor
 from policy.diffusion.guides import pin
 from policy.diffusion.path import Path
 from policy.types import Cond, Denoise
+
+
+@dataclass(frozen=True)
+class Past:
+    """The checked arguments of plan that say what is promised: prefix (b,p,d) in physical units."""
+    prefix: Tensor
+    committed: int
+    merge: str
+    warm: float | None
+    limit: float
+    prior: float
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Past":
+        return replace(self, prefix=fn(self.prefix))
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from policy.data.normalize import Normalizer
+from policy.data.statistics import shapes
+from policy.data.transform import NOTHING, Chain, Transform
 from policy.diffusion.denoiser import Denoiser
 from policy.diffusion.guides import BestOf
 from policy.nets.prefix import Prefix
 from policy.planner import Guide, Planner
 from policy.types import Spec
 
-OURS = ("policy.nets", "policy.diffusion")  # where a checkpoint's classes and functions may be defined
+OURS = ("policy.nets", "policy.diffusion", "policy.data.transform", "policy.data.relative")  # where a checkpoint's classes and functions may be defined
 PACKAGES = ("dipole", "torch", "numpy", "zarr", "mujoco", "gymnasium", "diffusers", "safetensors", "hydra-core", "wandb")
 
 
@@ -74,22 +76,31 @@ def read(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, 
 
 
 def build(config: dict[str, Any], spec: Spec, normalizer: Normalizer, *, trust: Sequence[str] = ()) -> Planner:
-    """A planner from its configuration: nodes encoder, net, schedule, denoiser, objective, sampler, guides, padding_loss …
+    """A planner from its configuration: nodes encoder, net, schedule, denoiser, objective, transform, sampler, guides, padding_loss …
 
-    Only what policy.nets and policy.diffusion define is built, and what the packages named in `trust` do: a checkpoint is data, it cannot
+    Only what policy.nets, policy.diffusion and transforms define is built, and what the packages named in `trust` do: a checkpoint is data, it cannot
     name arbitrary code.
     """
     check_targets(config, (*OURS, *trust))
-    encoder = instantiate(config["encoder"], obs=dict(spec.obs), t_obs=spec.t_obs)
+    transform = transform_of(config, trust)
+    encoder = instantiate(config["encoder"], obs=transform.sizes(spec.obs), t_obs=spec.t_obs)
     rtc = config.get("rtc", 0)
-    net = instantiate(config["net"], action_dim=spec.action_dim + bool(rtc), cond_shape=(encoder.tokens, encoder.dim), horizon=spec.horizon)
+    width = transform.width(spec.action_dim, spec.obs) + bool(rtc)
+    net = instantiate(config["net"], action_dim=width, cond_shape=(encoder.tokens, encoder.dim), horizon=spec.horizon)
     if rtc:
         net = Prefix(net)
     denoiser = Denoiser(net, instantiate(config["schedule"]), **config["denoiser"])
     learned = {k: config[k] for k in ("padding_loss", "obs_noise", "cond_drop", "rtc") if k in config}
     objective = {"objective": instantiate(config["objective"])} if "objective" in config else {}
-    return Planner(spec, normalizer, encoder, denoiser, guides=guides(config.get("guides"), trust), **objective, **learned,
+    return Planner(spec, normalizer, encoder, denoiser, guides=guides(config.get("guides"), trust), **objective, **learned, transform=transform,
                    **sampling(config["sampler"], trust))
+
+
+def transform_of(config: dict[str, Any], trust: Sequence[str] = ()) -> Transform:
+    """Node transform, {name: transform} in their order (conf/transform/*.yaml); absent where there is none."""
+    node = config.get("transform") or {}
+    check_targets(node, (*OURS, *trust))
+    return Chain(tuple(instantiate(each, _convert_="all") for each in node.values())) if node else NOTHING
 
 
 def guides(config: dict[str, Any] | None, trust: Sequence[str] = ()) -> list[Guide | BestOf]:
@@ -109,7 +120,9 @@ def load(run: str | Path, checkpoint: str = "policy", *, device: str = "cpu", tr
     """The planner of a run folder (`run/checkpoints/<checkpoint>.safetensors`, averaged weights), ready to plan, and its facts."""
     tensors, facts = read(Path(run) / "checkpoints" / f"{checkpoint}.safetensors", device)
     spec = Spec.from_json(facts["spec"])
-    planner = build(facts["planner"], spec, Normalizer({**spec.obs, "action": (spec.action_dim,)}), trust=trust)
+    config = facts["planner"]
+    sizes = shapes(transform_of(config, trust), spec.obs, spec.action_dim, spec.horizon, per_step=config.get("per_step", False))
+    planner = build(config, spec, Normalizer(sizes), trust=trust)
     planner.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
     return planner.to(device).eval().requires_grad_(False), facts
 
