@@ -31,15 +31,15 @@ Rows = dict[str, dict[str, Any]]
 def observations(cfg: DictConfig, policy: PlannerBackend) -> tuple[list[dict[str, np.ndarray]], str]:
     """cfg.observations histories {key: (t_obs, *shape)} and where they come from."""
     n, rng = cfg.observations, np.random.default_rng(0)
-    spec = policy.planner.spec
+    planner, spec = policy.planner, policy.planner.spec
     if Path(str(cfg.data.get("path"))).exists():
         data = common.dataset(cfg, "val", torch.device("cpu"))
         batch = data.batch(torch.from_numpy(np.linspace(0, len(data) - 1, n).round().astype(np.int64)))
         return [{k: v[i].numpy() for k, v in batch.obs.items()} for i in range(n)], f"held-out observations of {cfg.data.path}"
     made = []
     for _ in range(n):
-        unit = {k: torch.from_numpy(rng.uniform(-1, 1, (1, spec.t_obs, *size)).astype(np.float32)) for k, size in spec.obs.items()}
-        made.append({k: v[0].numpy() for k, v in policy.planner.normalizer.decode(unit).items()})
+        unit = {k: torch.from_numpy(rng.uniform(-1, 1, (1, spec.t_obs, *size)).astype(np.float32)) for k, size in planner.transform.sizes(spec.obs).items()}
+        made.append({k: v[0].numpy() for k, v in planner.decode_obs(unit).items()})
     return made, "random observations within the range of the training data"
 
 
@@ -62,8 +62,7 @@ def latency(policy: PlannerBackend, backend: Backend, seen: Sequence[dict[str, n
     if kind != "torch" and not fast.lacks:
         ways["FastPlan"] = fast
     ways[kind] = backend
-    size = (policy.card.horizon, policy.card.action_dim)
-    noise = np.random.default_rng(1).standard_normal(size, np.float32)
+    noise = np.random.default_rng(1).standard_normal(policy.card.noise_size, np.float32)
     return race({name: lambda way=way: way.plan(seen[0], noise=noise) for name, way in ways.items()}, rounds=rounds)  # type: ignore[misc]
 
 

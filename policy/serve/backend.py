@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from policy.data.statistics import PHYSICAL
 from policy.planner import Planner
 from policy.serve.card import Card
 from policy.timeline import MERGES
@@ -30,7 +31,8 @@ class PlannerBackend:
         low, high = seen_range(planner)
         merges = tuple(m for m in MERGES if m != "prefix" or planner.rtc)
         self.card = Card(name, spec.task, dict(spec.obs), spec.t_obs, spec.horizon, spec.action_dim, 1 / spec.fps, dict(spec.units), spec.action_semantics,
-                         merges, planner.rtc or spec.horizon - 1, tuple(joints), tuple(joint_units), low, high, dict(facts or {}))
+                         merges, planner.rtc or spec.horizon - 1, tuple(joints), tuple(joint_units), low, high, dict(facts or {}),
+                         noise_dim=planner.size[1] if planner.size[1] != spec.action_dim else 0)
 
     @torch.inference_mode()
     def plan(self, obs: Mapping[str, np.ndarray], *, noise: np.ndarray | None = None, prefix: np.ndarray | None = None, committed: int = 0,
@@ -69,6 +71,7 @@ def model_id(model: nn.Module, config: Mapping[str, Any]) -> str:
 
 def seen_range(planner: Planner) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Actions that the normaliser maps to -1 and 1: the range of the demonstrations, or a standard deviation around their mean where it measured that."""
+    key = PHYSICAL if PHYSICAL in planner.normalizer.shapes else "action"
     unit = torch.ones(1, 1, planner.spec.action_dim, device=next(planner.normalizer.buffers()).device)
-    low, high = (planner.normalizer.decode({"action": sign * unit})["action"].flatten().tolist() for sign in (-1, 1))
+    low, high = (planner.normalizer.decode({key: sign * unit})[key].flatten().tolist() for sign in (-1, 1))
     return tuple(low), tuple(high)

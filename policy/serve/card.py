@@ -18,6 +18,7 @@ class Card:
     model_id: hash of weights and configuration.   merges: of policy.timeline.MERGES, those it can plan with.   committed: most steps of a
     prefix it takes.   joints, joint_units: what each action dimension is, in their order; () where the run does not know.   seen_low, seen_high:
     (action_dim,) range of the demonstrations' actions, in their units; a robot's limits are its own.   facts: where it comes from.
+    noise_dim: channels of the noise that a plan is made of where they are not action_dim, because transforms widen actions; else 0.
     """
     model_id: str
     task: str
@@ -36,6 +37,12 @@ class Card:
     seen_high: Sequence[float] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
+    noise_dim: int = 0
+
+    @property
+    def noise_size(self) -> tuple[int, int]:
+        """Of the noise of a plan, (horizon, …)."""
+        return self.horizon, self.noise_dim or self.action_dim
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,10 +56,11 @@ class Card:
         if type(version) is int and version != VERSION:
             raise ValueError(f"the model card is of version {version}, this dipole reads {VERSION}: " + (
                 "export again, or serve the run by this dipole" if version < VERSION else "pip install --upgrade dipole"))
-        if wrong := [name for name, right in FIELDS.items() if not (name in d and right(d[name]))]:
+        said: Any = {"noise_dim": 0, **d}
+        if wrong := [name for name, right in FIELDS.items() if not (name in said and right(said[name]))]:
             raise ValueError(f"it is not a model card: {', '.join(wrong)} cannot be")
-        known = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in d.items() if k in FIELDS}
-        card = cls(**{**known, "obs": {k: tuple(v) for k, v in d["obs"].items()}})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in said.items() if k in FIELDS}
+        card = cls(**{**known, "obs": {k: tuple(v) for k, v in said["obs"].items()}})
         each = (card.joints, card.joint_units, card.seen_low, card.seen_high)
         if any(len(x) not in (0, card.action_dim) for x in each):
             raise ValueError(f"it is not a model card: joints, joint_units, seen_low and seen_high have none or {card.action_dim} entries each")
@@ -87,7 +95,7 @@ FIELDS: dict[str, Right] = {
     "model_id": _text, "task": _text, "obs": _map(_list(_whole(1))), "t_obs": _whole(1), "horizon": _whole(1), "action_dim": _whole(1),
     "dt": lambda x: _number(x) and x > 0, "units": _map(_text), "action_semantics": _text, "merges": _list(_text), "committed": _whole(0),
     "joints": _list(_text), "joint_units": _list(_text), "seen_low": _list(_number), "seen_high": _list(_number),
-    "facts": lambda x: isinstance(x, Mapping), "version": _whole(1)}
+    "facts": lambda x: isinstance(x, Mapping), "version": _whole(1), "noise_dim": _whole(0)}
 
 
 class Backend(Protocol):
@@ -98,7 +106,7 @@ class Backend(Protocol):
              merge: str = "naive") -> np.ndarray:
         """obs {key: (t_obs, *shape)} -> actions (horizon, d) in physical units; the first is due when the newest observation was taken.
 
-        noise: (horizon, d) standard normal, drawn when absent.   prefix: (p, d) physical actions already promised from that moment on, the first
+        noise: card.noise_size standard normal, drawn when absent.   prefix: (p, d) physical actions already promised from that moment on, the first
         `committed` of which are going to be executed whatever the plan says; merge says what is made of them (policy.timeline.MERGES).
         """
 

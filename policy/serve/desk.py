@@ -104,7 +104,7 @@ class Desk:
         """In the planner's thread."""
         card, noise = self.card, request.noise
         if noise is None and request.seed is not None:
-            noise = np.random.default_rng(request.seed).standard_normal((card.horizon, card.action_dim), np.float32)
+            noise = np.random.default_rng(request.seed).standard_normal(card.noise_size, np.float32)
         actions = np.asarray(self.backend.plan(request.obs, noise=noise, prefix=request.prefix, committed=request.committed, merge=request.merge))
         if actions.shape != (card.horizon, card.action_dim):
             raise TypeError(f"the backend planned {actions.shape} instead of {(card.horizon, card.action_dim)}")

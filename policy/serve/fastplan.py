@@ -27,7 +27,7 @@ class FastPlan:
     def __init__(self, ordinary: PlannerBackend):
         planner = ordinary.planner
         self.ordinary, self.card, self.planner, self.lock = ordinary, ordinary.card, planner, threading.Lock()
-        self.size = (planner.spec.horizon, planner.spec.action_dim)
+        self.size = planner.size
         self.loop: CpuLoop | GraphLoop | None = None
         self.lacks = uncovered(planner) if ordinary.warm is None else "it has no warm start"
         if not self.lacks:
@@ -40,14 +40,16 @@ class FastPlan:
         """See Backend."""
         if self.loop is None or merge == "guided":
             return self.ordinary.plan(obs, noise=noise, prefix=prefix, committed=committed, merge=merge)
-        known = check_prefix(prefix, committed, merge, size=self.size, merges=tuple(self.card.merges), rtc=self.planner.rtc)
-        device, solver, normalizer = self.ordinary.device, self.loop.solver, self.planner.normalizer
-        cond = self.planner.encode({k: torch.from_numpy(np.array(obs[k], np.float32))[None].to(device) for k in self.planner.spec.obs})
+        planner, device, solver = self.planner, self.ordinary.device, self.loop.solver
+        size = (planner.spec.horizon, planner.spec.action_dim)
+        known = check_prefix(prefix, committed, merge, size=size, merges=tuple(self.card.merges), rtc=planner.rtc)
+        seen = {k: torch.from_numpy(np.array(obs[k], np.float32))[None].to(device) for k in planner.spec.obs}
+        cond = planner.encode(seen)
         noises = self._noises(noise, solver.draws)
-        near = None if known is None else normalizer.encode({"action": torch.from_numpy(known).to(device)})["action"].cpu().numpy()
+        near = None if known is None else planner.encode_actions(torch.from_numpy(known).to(device), seen)[0].cpu().numpy()
         with self.lock:
             x = self.loop.walk(cond, noises, promised(solver, self.size, near, committed, merge, limit=self.ordinary.limit, prior=self.ordinary.prior))
-            actions: np.ndarray = normalizer.decode({"action": x})["action"].float().cpu().numpy()
+            actions: np.ndarray = planner.decode_actions(x[None], seen)[0].float().cpu().numpy()
         return kept(actions, known, committed, merge)
 
     def _noises(self, noise: np.ndarray | None, draws: int) -> Tensor:
@@ -77,7 +79,7 @@ class CpuLoop:
     """The solver's loop around SingleUNet1d."""
 
     def __init__(self, planner: Planner, solver: Solver):
-        (t, d), net, denoiser = (planner.spec.horizon, planner.spec.action_dim), unet_of(planner), planner.denoiser
+        (t, d), net, denoiser = planner.size, unet_of(planner), planner.denoiser
         assert net is not None
         self.solver, self.limits, self.d = solver, limits(planner), d
         self.net = SingleUNet1d(net, t, solver.taus.tolist())
@@ -124,7 +126,7 @@ class GraphLoop:
     """
 
     def __init__(self, planner: Planner, solver: Solver):
-        t, d, self.solver, self.rtc = planner.spec.horizon, planner.spec.action_dim, solver, planner.rtc
+        (t, d), self.solver, self.rtc = planner.size, solver, planner.rtc
         like = next(planner.parameters()).detach()
         self.net, self.step = planner.denoiser.net, Step(planner)
         self.terms = like.new_zeros(len(solver.final), t * d)

@@ -47,11 +47,11 @@ def parity(policy: PlannerBackend, backend: Backend, observations: Sequence[Seen
     more. So where a difference is above PARITY the planner is asked in double precision how exact it is itself.   draws: of a stochastic sampler.
     """
     card, rng = backend.card, np.random.default_rng(seed)
-    size, (low, high) = (card.horizon, card.action_dim), seen_range(policy.planner)
+    size, (low, high) = policy.planner.size, seen_range(policy.planner)
     half = (np.array(high) - np.array(low)) / 2
     found = {merge: Difference(physical=np.zeros(card.action_dim)) for merge in card.merges}
     asked: list[tuple[Seen, np.ndarray, dict[str, Any]]] = []
-    before = rng.uniform(low, high, size).astype(np.float32)
+    before = rng.uniform(low, high, (card.horizon, card.action_dim)).astype(np.float32)
     for obs in observations:
         first = rng.standard_normal(size, np.float32)
         draw = drawing(first)

@@ -96,9 +96,8 @@ def fit(request: Observation, card: Card) -> None:
         raise WireError("unknown_key", f"the model does not know {short(', '.join(unknown))} (known: {', '.join(card.obs)})", request.seq)
     for key, size in card.obs.items():
         _size(repr(key), request.obs[key], (card.t_obs, *size), request.seq)
-    plan = (card.horizon, card.action_dim)
     if request.noise is not None:
-        _size("noise", request.noise, plan, request.seq)
+        _size("noise", request.noise, card.noise_size, request.seq)
     if request.merge not in card.merges:
         raise WireError("merge", f"this model does not plan with merge {request.merge!r}, but with {', '.join(card.merges)}", request.seq)
     known = 0 if request.prefix is None else len(request.prefix) if request.prefix.ndim else -1
