@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numcodecs.errors
+import numcodecs.registry
 import numpy as np
 import zarr
 import zarr.errors
@@ -95,6 +96,8 @@ class Files:
         except FileNotFoundError as e:
             raise DataError(f"{self.path}: there is no array {name!r}. A dataset has data/<key> and meta/episode_ends") from e
         except (numcodecs.errors.UnknownCodecError, zarr.errors.UnknownCodecError) as e:
+            if "imagecodecs" in str(e) and _imagecodecs():
+                return self._open(name, opener, **how)
             package = next((pip for part, pip in CODECS.items() if part in str(e)), None)
             cure = f"pip install {package}" if package else "Install the package that provides it"
             raise DataError(f"{self.path}: {name} is compressed with a codec that is not installed ({e}). {cure}, then try again") from e
@@ -110,6 +113,17 @@ def where(path: Path | str) -> Path:
     if not (url := URL.match(str(path))):
         return Path(path)
     return Path(url2pathname(urlsplit(str(path)).path)) if url[1] == "file" else Url(path)
+
+
+def _imagecodecs() -> bool:
+    """Make the codecs of imagecodecs known, which UMI keeps its images in; False where they are already or are not installed."""
+    try:
+        import imagecodecs.numcodecs as codecs
+    except ImportError:
+        return False
+    before = set(numcodecs.registry.codec_registry)
+    codecs.register_codecs(verbose=False)
+    return set(numcodecs.registry.codec_registry) != before
 
 
 def _place(path: Path) -> tuple[Place, str]:

@@ -16,7 +16,8 @@ from policy.data.convert.store import detects as is_store
 from policy.data.files import DataError
 from policy.data.store import Store
 
-FORMATS = ("robomimic", "d4rl", "minari", "npz", "store", "lerobot", "rosbag")  # modules of this package; the first line of each says what it looks for
+FORMATS = ("robomimic", "d4rl", "minari", "npz", "store", "lerobot", "rosbag", "diffusion_policy")
+# Modules of this package; the first line of each says what it looks for.
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 Progress = Callable[[int, int, int], None]  # episodes done, of how many, steps done
 
