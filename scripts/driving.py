@@ -84,7 +84,7 @@ def opened(cfg: DictConfig, ended: Ended, folder: Path, delay: float = 0.0, **co
             card = client.wait_ready(10.0)
         except TimeoutError as e:
             raise TimeoutError(f"{e}. Is `dipole serve` running there?") from e
-        if wrong := serving.misfit(card, robot):
+        if wrong := Expect.of(robot).differences(card):
             raise ValueError(f"the policy at {url} does not fit robot={robot.name}: {wrong}. Choose the robot with robot=…, or serve the run trained for it")
         client.expect = replace(Expect.of(robot), dt=card.dt, model_id=card.model_id)  # whatever takes the server's place has to be the same
         stack.callback(driver.close)
