@@ -16,7 +16,7 @@ import pytest
 from envs.gantry import Gantry
 from envs.maze import Maze
 from envs.panda import PandaPick
-from envs.robot import FIELDS, LARGEST, Link, parse
+from envs.robot import FIELDS, LARGEST, Link, Log, parse
 from envs.simulator import Simulator, State
 from envs.twin import ANCHOR, Body, Twin, Unplayable
 
@@ -248,6 +248,27 @@ def test_the_process_says_what_it_is_ignores_noise_stalls_and_writes_its_log(tmp
         assert kept["commanded"].shape == (len(kept["t"]), 4) and kept["qpos"].shape[1] == 12 and (np.diff(kept["step"]) == 1).all()
         np.testing.assert_allclose(np.diff(kept["t"]), 0.005, atol=1e-9)
         assert kept["seed"].tolist() == [0]
+
+
+def test_the_recording_keeps_the_last_minutes_in_memory_of_one_size(tmp_path):
+    """250 steps of three episodes, of which 100 are kept."""
+    twin = Twin(Gantry())
+    log = Log(twin, 100 * twin.dt / 60)
+    size = log._rows.nbytes
+    for k in range(250):
+        if k in (20, 180):
+            twin.reset(k)
+        log.add(twin, k * twin.dt, 0.0, twin.advance(0.0))
+        if k == 60:
+            log.save(str(tmp_path / "early.npz"), twin)
+    log.save(str(tmp_path / "late.npz"), twin)
+    assert log._rows.nbytes == size == 100 * (5 + 4 + 12 + 11) * 8 and sorted(p.name for p in tmp_path.iterdir()) == ["early.npz", "late.npz"]
+    with np.load(tmp_path / "early.npz") as early, np.load(tmp_path / "late.npz") as late:
+        assert early["step"].tolist() == list(range(1, 62)) and early["seed"].tolist() == [0, 20]
+        assert late["step"].tolist() == list(range(151, 251)) and late["seed"].tolist() == [20, 180] and len(late["mocap"]) == 2
+        np.testing.assert_allclose(late["t"], np.arange(150, 250) * twin.dt)
+        np.testing.assert_array_equal(late["qpos"][-1], twin.state.qpos)
+        assert (late["episode"] == np.where(np.arange(150, 250) < 180, *late["number"])).all()
 
 
 def test_it_ends_with_its_parent_and_refuses_what_is_no_task():

@@ -183,6 +183,22 @@ def test_stop_brings_it_to_rest_until_connected(driver):
     assert not driver.connect(GANTRY).info["stopped"]
 
 
+@pytest.mark.parametrize("end", ["close", "SIGTERM", "parent"])
+def test_however_it_is_ended_it_comes_to_rest_first(driver, tmp_path, end):
+    loop = Loop(driver, GANTRY, driver.connect(GANTRY))
+    loop.run(0.5, swing(loop, size=0.1, w=8.0))
+    process = driver.process
+    assert np.abs(loop.limiter.dq).max() > 0.05  # in the middle of it
+    {"close": driver.close, "SIGTERM": process.terminate, "parent": process.stdin.close}[end]()
+    assert process.wait(5) == 0
+    process.stdout.close()
+    driver.process = None
+    with np.load(tmp_path / "log.npz") as kept:
+        q = kept["commanded"]
+        assert within_limits(q, 0.005, GANTRY) and (q[-90:] == q[-1]).all() and (q[-140:] != q[-1]).any()
+        assert np.abs(kept["qvel"][-1, :3]).max() < 1e-3  # the axes follow with a time constant of their own
+
+
 def test_a_robot_that_died_or_stands_still_is_told(driver):
     driver.silent = 3
     driver.connect(GANTRY)
