@@ -6,7 +6,7 @@ zarr's to read (`Chunks.of` is None). Decompressors release the GIL.
 import math
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,15 @@ class Chunks:
         """Of a decoded chunk."""
         return self.steps * math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, file: Opened, which: Sequence[int]) -> list[np.ndarray]:
+    def read(self, file: Opened, which: Sequence[int]) -> Iterator[np.ndarray]:
         """Chunks `which` of a file, ascending -> each (steps, *shape).   Damaged says why one cannot be decoded."""
         if self.per_file == 1:
-            return [self._decoded(_whole(file))]
+            yield self._decoded(_whole(file))
+            return
         spans = self._spans(file, which)
         raw = _together(file, [s for s in spans if s is not None])
-        return [np.full((self.steps, *self.shape), self.fill, self.dtype) if s is None else self._decoded(raw[s]) for s in spans]
+        for s in spans:
+            yield np.full((self.steps, *self.shape), self.fill, self.dtype) if s is None else self._decoded(raw[s])
 
     def _spans(self, file: Opened, which: Sequence[int]) -> list[tuple[int, int] | None]:
         """Where the chunks lie in a shard, None for one that was left out because it is all fill value."""

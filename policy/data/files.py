@@ -55,6 +55,10 @@ class Files:
                             "Copy its episodes into a new dataset (Store.create, then extend) and append there")
 
     @property
+    def local(self) -> bool:
+        return not isinstance(self.path, Url)
+
+    @property
     def sizes(self) -> dict[str, int] | None:
         """{file: bytes}, None where files are asked for one by one."""
         return self.place.sizes
@@ -153,15 +157,16 @@ def row_files(array: zarr.Array, name: str, lo: int, hi: int) -> Iterator[tuple[
 
 
 def read_rows(files: Files, array: zarr.Array, name: str, lo: int, hi: int, *, fill_missing: bool,
-              holding: Callable[[int, int], str]) -> np.ndarray:
-    """Frames [lo, hi) of array, every file accounted for.   holding(lo, hi): words for the episodes those frames belong to."""
+              holding: Callable[[int, int], str], out: np.ndarray | None = None) -> np.ndarray:
+    """Frames [lo, hi) of array, every file accounted for, put into out when given.   holding(lo, hi): words for the episodes those frames belong to."""
     if (chunks := files.chunks(name, array)) is not None:
-        return _direct(files, chunks, array, name, lo, hi, fill_missing, holding)
+        out = np.empty((hi - lo, *chunks.shape), chunks.dtype) if out is None else out
+        return _direct(files, chunks, array, name, (lo, hi), out, fill_missing, holding)
     for a, b, file in row_files(array, name, lo, hi):
         if not files.size(file) and not fill_missing:
             raise _missing(files, name, file, holding(a, b))
     try:
-        return np.asarray(array[lo:hi])
+        got = np.asarray(array[lo:hi])
     except DataError:
         raise
     except Exception as e:  # every codec raises a class of its own
@@ -171,12 +176,16 @@ def read_rows(files: Files, array: zarr.Array, name: str, lo: int, hi: int, *, f
             except Exception as cause:
                 raise _undecodable(files, name, file, holding(a, b), str(cause)) from e
         raise
+    if out is None:
+        return got
+    out[:] = got
+    return out
 
 
-def _direct(files: Files, chunks: Chunks, array: zarr.Array, name: str, lo: int, hi: int, fill_missing: bool,
+def _direct(files: Files, chunks: Chunks, array: zarr.Array, name: str, span: tuple[int, int], out: np.ndarray, fill_missing: bool,
             holding: Callable[[int, int], str]) -> np.ndarray:
     """The same without zarr."""
-    out, steps = np.empty((hi - lo, *chunks.shape), chunks.dtype), chunks.steps
+    (lo, hi), steps = span, chunks.steps
     for a, b, name_of_file in row_files(array, name, lo, hi):
         first, end = max(lo, a), min(hi, b)
         if not files.size(name_of_file):
@@ -187,15 +196,14 @@ def _direct(files: Files, chunks: Chunks, array: zarr.Array, name: str, lo: int,
         which = range((first - a) // steps, -(-(end - a) // steps))
         file = files.open(name_of_file)
         try:
-            parts = chunks.read(file, which)
+            for k, part in zip(which, chunks.read(file, which), strict=True):
+                at = a + k * steps
+                x, y = max(first, at), min(end, at + steps)
+                out[x - lo:y - lo] = part[x - at:y - at]
         except Damaged as e:
             raise _undecodable(files, name, name_of_file, holding(a, b), str(e)) from e
         finally:
             file.close()
-        for k, part in zip(which, parts, strict=True):
-            at = a + k * steps
-            x, y = max(first, at), min(end, at + steps)
-            out[x - lo:y - lo] = part[x - at:y - at]
     return out
 
 

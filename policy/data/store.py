@@ -138,18 +138,27 @@ class Store:
     def action_semantics(self) -> str | None:
         return self.attrs.get("action_semantics")
 
+    @property
+    def local(self) -> bool:
+        """Whether it lies here and not behind a URL."""
+        return self._files.local
+
+    def chunk(self, key: str) -> int:
+        """Frames that are decoded together."""
+        return self._array(key).chunks[0]
+
     def disk_bytes(self, key: str) -> int:
         """Bytes that key takes on disk."""
         self._array(key)
         return self._files.disk_bytes(f"data/{key}")
 
     # ------------------------------------------------------------ reading
-    def read(self, key: str, lo: int = 0, hi: int | None = None) -> np.ndarray:
-        """Frames [lo, hi) of key -> (hi - lo, *shape).   KeyError lists the keys; DataError names a missing or damaged file."""
+    def read(self, key: str, lo: int = 0, hi: int | None = None, *, out: np.ndarray | None = None) -> np.ndarray:
+        """Frames [lo, hi) of key -> (hi - lo, *shape), put into out when given.   KeyError lists the keys; DataError names a missing or damaged file."""
         hi = self.steps if hi is None else hi
         if not 0 <= lo <= hi <= self.steps:
             raise IndexError(f"frames [{lo}, {hi}) of {key!r}: {self.path} has {self.steps} frames")
-        return read_rows(self._files, self._array(key), f"data/{key}", lo, hi, fill_missing=self._fill_missing, holding=self._where)
+        return read_rows(self._files, self._array(key), f"data/{key}", lo, hi, fill_missing=self._fill_missing, holding=self._where, out=out)
 
     def span(self, i: int) -> tuple[int, int]:
         """First frame and end frame of episode i."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from policy.data.files import DataError
+from policy.data.split import split_episodes
 from policy.data.store import BLOCK_BYTES, Store, refuse_not_finite
 from policy.types import Batch
 
@@ -56,7 +57,7 @@ class TrajectoryDataset(Dataset):
             raise ValueError("an observation cannot be named 'action', batches and normalisers use that name. Call it, say, last_action")
         self.t_obs, self.horizon, self.split = t_obs, horizon, split
         self.episodes = split_episodes(store.episodes, split, val_ratio=val_ratio, seed=seed, max_episodes=max_episodes)
-        spans = [store.span(i) for i in self.episodes]
+        self.spans = spans = [store.span(i) for i in self.episodes]  # frames of the store
         fields = {**{name: Field.of(f) for name, f in obs.items()}, "action": Field.of(action)}
         self.arrays = {name: load(store, f, spans).to(device) for name, f in fields.items()}  # {name: (n, *shape)}
         if self.arrays["action"].ndim != 2:
@@ -88,15 +89,23 @@ class TrajectoryDataset(Dataset):
         only: the observations that are wanted, all when None.
         """
         index = index.to(self._first.device)
-        frame, last = index[:, None], self._last[index][:, None]
-        past = torch.maximum(frame + self._past, self._first[index][:, None])
+        frame, last, past = index[:, None], self._last[index][:, None], self._past_of(index)
         ahead = frame + self._ahead
         obs = {name: self._frames(name, past) for name in self.arrays if name != "action" and (only is None or name in only)}
         return Batch(obs, _gather(self.arrays["action"], torch.minimum(ahead, last)), ahead <= last)
 
+    def _past_of(self, index: Tensor) -> Tensor:
+        """Observed frames (b, t_obs) of windows (b,)."""
+        return torch.maximum(index[:, None] + self._past, self._first[index][:, None])
+
     def _frames(self, name: str, frames: Tensor) -> Tensor:
         """frames (b, t) of an observation -> (b, t, *shape)"""
         return _gather(self.arrays[name], frames)
+
+    @property
+    def order_facts(self) -> dict[str, Any]:
+        """What the order of an epoch depends on beside the seed; JSON."""
+        return {}
 
     def epoch(self, seed: int) -> "Epoch":
         """Every window once, in an order drawn from seed."""
@@ -133,41 +142,33 @@ class Epoch:
         """No batch is wanted any more."""
 
 
-def split_episodes(n: int, split: str, *, val_ratio: float, seed: int, max_episodes: int | None) -> list[int]:
-    """Sorted episode ids of a split of n episodes. ValueError when the split is unknown or holds none."""
-    if split not in ("train", "val", "all"):
-        raise ValueError(f"split {split!r} is unknown; use one of train, val, all")
-    if not 0 <= val_ratio < 1:
-        raise ValueError(f"val_ratio is a share of the episodes in [0, 1), got {val_ratio}")
-    if max_episodes is not None and max_episodes < 1:
-        raise ValueError(f"max_episodes is at least 1 or None for all, got {max_episodes}")
-    order = np.random.default_rng(seed).permutation(n)
-    n_val = min(max(1, round(n * val_ratio)), n - 1) if val_ratio > 0 and n >= 2 else 0
-    train, val = order[n_val:][:max_episodes], order[:n_val]
-    chosen = {"train": train, "val": val, "all": np.concatenate([train, val])}[split]
-    if not len(chosen):
-        raise ValueError(f"split {split!r} is empty: {n} episodes, val_ratio={val_ratio}. "
-                         "Use val_ratio > 0 and at least 2 episodes, or split=train")
-    return sorted(chosen.tolist())
-
-
 def load(store: Store, field: Field, spans: Sequence[tuple[int, int]]) -> Tensor:
     """The frames of field in spans, one after the other -> (n, *shape), float32 or uint8; a scalar per frame becomes (1,)."""
-    if field.key not in store.schema:
-        raise KeyError(f"{field.key!r} is not in {store.path} (known: {', '.join(store.keys)})")
-    shape, dtype = store.schema[field.key]
+    shape, dtype = _known(store, field)
     n, at = sum(hi - lo for lo, hi in spans), 0
     out: Tensor = torch.empty(0)
     for lo, hi in _blocks(spans, max(1, BLOCK_BYTES // max(1, math.prod(shape) * dtype.itemsize))):
-        values = store.read(field.key, lo, hi).reshape(hi - lo, *(shape or (1,)))
-        if dtype.kind == "f":
-            refuse_not_finite(store, field.key, values, lo)
-        part = torch.from_numpy(_cast(store, field, _take(store, field, values)))
+        part = read_frames(store, field, lo, hi)
         if not at:
             out = part.new_empty(n, *part.shape[1:])
         out[at:at + len(part)] = part
         at += len(part)
     return out
+
+
+def read_frames(store: Store, field: Field, lo: int, hi: int) -> Tensor:
+    """Frames [lo, hi) of field -> (hi - lo, *shape), float32 or uint8.   DataError names a NaN."""
+    shape, dtype = _known(store, field)
+    values = store.read(field.key, lo, hi).reshape(hi - lo, *(shape or (1,)))
+    if dtype.kind == "f":
+        refuse_not_finite(store, field.key, values, lo)
+    return torch.from_numpy(_cast(store, field, _take(store, field, values)))
+
+
+def _known(store: Store, field: Field) -> tuple[tuple[int, ...], np.dtype]:
+    if field.key not in store.schema:
+        raise KeyError(f"{field.key!r} is not in {store.path} (known: {', '.join(store.keys)})")
+    return store.schema[field.key]
 
 
 def _gather(x: Tensor, frames: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class Trainer:
 
     def facts(self) -> dict[str, Any]:
         return {"step": self.step, "cpu_s": self.cpu_s, "wall_s": self.wall_s, "spec": self.planner.spec.to_json(), "planner": self.config,
-                "settings": self.settings.__dict__, "windows": len(self.data), "versions": checkpoint.versions()}
+                "settings": self.settings.__dict__, "windows": len(self.data), "order": self.data.order_facts, "versions": checkpoint.versions()}
 
     def save(self) -> None:
         adam = {f"adam/{name}/{k}": torch.as_tensor(v) for name, p in self.planner.named_parameters() for k, v in self.optimizer.state[p].items()}
@@ -213,6 +213,8 @@ class Trainer:
         fixed = ("batch", "seed", "steps", "lr", "warmup", "betas", "weight_decay")
         changed = [f"{k}: {facts['settings'][k]} -> {getattr(self.settings, k)}" for k in fixed
                    if k in facts["settings"] and _plain(facts["settings"][k]) != _plain(getattr(self.settings, k))]
+        if facts.get("order", {}) != self.data.order_facts:
+            changed.append(f"order of the data: {facts.get('order', {})} -> {self.data.order_facts}")
         if changed:
             console.print(f"[yellow]resuming with changed settings ({'; '.join(changed)}): the run goes on, but not bit for bit[/]")
         self.planner.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
