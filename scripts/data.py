@@ -7,7 +7,7 @@ from pathlib import Path
 from scripts.cli import words_to_overrides
 
 # Each is scripts/data_<task>.py, a function `start` configured by conf/data_<task>.yaml, and is imported when it is asked for.
-TASKS = ("info", "convert", "merge", "split", "trim", "stats", "validate")
+TASKS = ("info", "convert", "merge", "split", "trim", "stats", "validate", "view")
 
 
 def main() -> None:

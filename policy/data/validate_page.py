@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.data.checks.actions import lag_curve
-from policy.data.checks.finding import SEVERITIES, Finding
+from policy.data.checks.finding import SEVERITIES, Finding, some
 from policy.data.checks.look import Data
 from policy.data.validate import Report
 from policy.page import counted, write
@@ -75,9 +75,10 @@ def one(f: Finding) -> str:
     places = "".join(f"<li>{escape(str(p))}</li>" for p in f.places[:PLACES])
     more = f.count - min(len(f.places), PLACES)
     rest = f"<small>and {more:,} more, in findings.json</small>" if more > 0 else ""
-    seen = f"<details><summary>{counted(f.count, 'place')}</summary><ul>{places}</ul>{rest}</details>" if places else ""
+    at = f"<dt>at</dt><dd>{escape(some(f.places, 3))}</dd>" if f.places else ""
+    seen = f"<details><summary>{counted(f.count, 'place')}</summary><ul>{places}</ul>{rest}</details>" if len(f.places) > 3 else ""
     return (f'<div class="found {COLOUR[f.severity]}"><h3><span class="tag">{f.severity}</span>{escape(f.code)}<small>{escape(f.where)}</small></h3>'
-            f"<p>{escape(f.text)}</p><dl><dt>why</dt><dd>{escape(f.why)}</dd><dt>fix</dt><dd>{with_code(f.fix)}</dd></dl>{seen}</div>")
+            f"<p>{escape(f.text)}</p><dl><dt>why</dt><dd>{escape(f.why)}</dd><dt>fix</dt><dd>{with_code(f.fix)}</dd>{at}</dl>{seen}</div>")
 
 
 def with_code(text: str) -> str:

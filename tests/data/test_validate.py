@@ -10,9 +10,9 @@ from faults import FAULTS, Arrays, clean, duplicate, lengths, smooth, teleport
 
 from policy.data import DataError, Store
 from policy.data.checks.finding import PLACES, Place, finding, ordered, shortened
+from policy.data.split import split_episodes
 from policy.data.validate import CHECKS, check, validate
 from policy.data.validate_page import write_page
-from policy.data.windows import split_episodes
 
 
 @pytest.fixture(scope="module")

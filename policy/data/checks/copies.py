@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 
 from policy.data.checks.finding import Finding, Place, finding, some, trim
 from policy.data.checks.look import Data
-from policy.data.windows import split_episodes
+from policy.data.split import split_episodes
+from policy.page import counted
 
 WINDOW = 4        # frames that must agree one after the other
 SAME = 0.95       # share of an episode's moving windows that are in another one: the same recording
@@ -26,12 +27,12 @@ def copies(data: Data) -> list[Finding]:
     known = {frozenset(p[:2]) for p in exact}
     near = [p for p in alike(data) if frozenset(p[:2]) not in known]
     out = []
-    for code, found, text, unit in (("duplicate", same, "episodes are copies of others, frame by frame", "of it"),
-                                    ("overlap", part, "episodes share a part with another", "of it"),
-                                    ("near_duplicate", near, "episodes are nearly the same as another", "spreads apart")):
+    for code, found, text, unit in (("duplicate", same, "there twice, frame by frame", "of it"), ("overlap", part, "in part there twice", "of it"),
+                                    ("near_duplicate", near, "nearly there twice", "spreads apart")):
         if found:
             once = sorted({max(p[:2]) for p in found})
-            out.append(finding("warning", code, f"{len(once)} {text}: " + some([f"{j} = {i}" if code == "duplicate" else f"{j} ~ {i}" for i, j, _ in found], 6),
+            names = [f"{j} {'=' if code == 'duplicate' else '~'} {i}" for i, j, _ in found]
+            out.append(finding("warning", code, f"{counted(len(once), 'episode')} {text}: {some(names, 6)}",
                                places=[Place(max(i, j), 0, int(data.lengths[max(i, j)]), text=f"as episode {min(i, j)}: {x:.2g} {unit}") for i, j, x in found],
                                why="Counted twice in training, it weighs twice; in both splits, the validation loss is that of the training data.",
                                fix=trim(data.path, f"drop=[{','.join(map(str, once))}]")))

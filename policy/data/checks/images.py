@@ -9,6 +9,7 @@ from policy.data.checks.finding import Finding, Place, drop, finding
 from policy.data.checks.look import Data, runs
 from policy.data.checks.relate import moving
 from policy.data.store import BLOCK_BYTES
+from policy.page import counted
 
 STRETCH = 64    # frames looked at together, where the chunks on disk are unknown
 FLAT = 2.0      # of 255: an image that spans less shows nothing
@@ -94,7 +95,7 @@ def blank(data: Data, key: str, seen: Seen) -> list[Finding]:
     colour = "black" if hi[flat].max() < 0.1 * top else "white" if lo[flat].min() > 0.9 * top else "of one colour"
     places = [data.place(seen.at[i], text=f"value {lo[i]:.3g}") for i in flat]
     return [finding("error" if len(flat) > 0.5 * len(lo) else "warning", "image_blank", f"{len(flat)} of {len(lo)} frames looked at are {colour}, in "
-                    f"{len({p.episode for p in places})} episodes", key=key, places=places,
+                    f"{counted(len({p.episode for p in places}), 'episode')}", key=key, places=places,
                     why="The camera was covered, off, or lost frames: the policy acts blindly.",
                     fix=f"dipole data view path={data.path} episode={places[0].episode}; {drop(data.path, places)}")]
 
@@ -117,7 +118,7 @@ def frozen(data: Data, key: str, seen: Seen) -> list[Finding]:
     if not places:
         return []
     episodes = {p.episode for p in places}
-    return [finding("warning", "image_frozen", f"the picture stands still while the robot moves, in {len(episodes)} episodes, for "
+    return [finding("warning", "image_frozen", f"the picture stands still while the robot moves, in {counted(len(episodes), 'episode')}, for "
                     f"{max(p.hi - p.lo for p in places)} frames at most", key=key, places=places,
                     why="The camera hung: picture and motion do not belong together, and the policy learns to ignore what it sees.",
                     fix=f"Check the camera's rate against fps; {drop(data.path, places)}")]

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from policy.data.checks.finding import Finding, Place, finding
 from policy.data.checks.look import Data
 from policy.data.checks.relate import rates
+from policy.page import counted
 
 UNIT = 1e-2      # a norm this far from 1 is no rotation any more
 SURE = 2e-3      # four channels whose norm is this close to 1, in nearly every frame, are a quaternion
@@ -40,12 +41,12 @@ def of_quaternion(data: Data, key: str, at: int) -> list[Finding]:
         flips += [data.place(block.lo + t + 1, channel=at) for t in np.flatnonzero(flip).tolist() if t + 1 >= block.fresh]
     out, channels = [], range(at, at + 4)
     if bad:
-        out.append(finding("error" if len(bad) > 0.5 * data.frames else "warning", "quaternion_norm", f"{len(bad):,} frames are no unit quaternion", key=key,
-                           channels=channels, places=bad, why="It is not a rotation: interpolated, averaged or zeroed where the tracker lost it.",
+        out.append(finding("error" if len(bad) > 0.5 * data.frames else "warning", "quaternion_norm", f"{counted(len(bad), 'frame')} without a unit quaternion",
+                           key=key, channels=channels, places=bad, why="It is not a rotation: interpolated, averaged or zeroed where the tracker lost it.",
                            fix="Normalise it where it is a little off; drop the frames where it is zero"))
     if flips:
-        out.append(finding("warning", "quaternion_sign", f"the sign flips {len(flips):,} times within episodes", key=key, channels=channels, places=flips,
-                           why="q and -q are the same rotation; the network sees the largest change there is, and a mean of both is no rotation.",
+        out.append(finding("warning", "quaternion_sign", f"the sign flips in {counted(len(flips), 'place')} within episodes", key=key, channels=channels,
+                           places=flips, why="q and -q are the same rotation; the network sees the largest change there is, and a mean of both is no rotation.",
                            fix="Make it continuous (flip where q·q_before < 0), or train on the 6-D rotation"))
     return out
 
@@ -78,14 +79,14 @@ def wraps(data: Data) -> list[Finding]:
         found = whole_turns(data, key)
         for (c, unit), frames in sorted(found.items()):
             low, high = (float(x[:, c].min() if i == 0 else x[:, c].max()) for i, x in enumerate(data.per_episode(key)))
-            out.append(finding("warning", "angle_wrap", f"{data.label(key, c)} jumps by a whole turn {len(frames):,} times: it is an "
+            out.append(finding("warning", "angle_wrap", f"{data.label(key, c)} jumps by a whole turn in {counted(len(frames), 'place')}: it is an "
                                f"angle in {unit}, kept from {low:.3g} to {high:.3g}", key=key, channels=[c], places=[data.place(f, channel=c) for f in frames],
                                why="Two neighbouring directions are as far apart as can be for the network, and the mean of both points the other way.",
                                fix="Train on its sine and cosine instead, or unwrap it within each episode (numpy.unwrap)"))
         vectors = axis_flips(data, key)
         for c, frames in sorted(vectors.items()):
             out.append(finding("warning", "axis_angle_wrap", f"{key}[{c}-{c + 2}] is a rotation vector that jumps to the other end of its axis "
-                               f"{len(frames):,} times, where it passes half a turn", key=key, channels=range(c, c + 3),
+                               f"in {counted(len(frames), 'place')}, where it passes half a turn", key=key, channels=range(c, c + 3),
                                places=[data.place(f, channel=c) for f in frames],
                                why="The same rotation is written as v and as v·(1 - 2π/|v|): the network sees a leap where nothing happened.",
                                fix="Train on the 6-D rotation; or continue the vector beyond π within each episode"))

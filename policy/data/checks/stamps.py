@@ -7,6 +7,7 @@ import numpy as np
 from policy.data.checks.finding import Finding, Place, drop, finding, some, trim
 from policy.data.checks.look import Data
 from policy.data.checks.values import too_coarse
+from policy.page import counted
 
 GAP = 1.75      # times the usual step between two stamps
 JITTER = 0.2    # of the step: how far the 95 % of the stamps that are nearest deviate
@@ -77,15 +78,15 @@ def of_stamps(data: Data, key: str, channel: int, step: float, usual: np.ndarray
     name, fix = data.label(key, channel), \
         f"dipole data convert with clock={key}[{channel}] fps=… resamples a recording by its stamps; or {drop(data.path, [*back, *same, *gaps])}"
     if back:
-        yield finding("error", "time_order", f"{name} goes back {len(back):,} times within episodes", key=key, channels=[channel], places=back,
+        yield finding("error", "time_order", f"{name} goes back in {counted(len(back), 'place')} within episodes", key=key, channels=[channel], places=back,
                       why="Frames are out of order: the policy learns motions backwards.", fix="Sort each episode by its stamp, or record again")
     if same:
-        yield finding("warning", "time_repeat", f"{name} stands still {len(same):,} times", key=key, channels=[channel], places=same,
+        yield finding("warning", "time_repeat", f"{name} stands still in {counted(len(same), 'place')}", key=key, channels=[channel], places=same,
                       why="The same moment was stored twice: the robot seems to stop in between.", fix="Drop frames whose stamp repeats")
     if gaps:
         most = max(float(p.text.split()[0]) for p in gaps)
-        yield finding("warning", "time_gap", f"{name} leaves {len(gaps):,} gaps, up to {most:.3g} steps long", key=key, channels=[channel], places=gaps,
-                      why="Frames were lost: the robot seems to move several times as fast there, and chunks assume equal steps.", fix=fix)
+        yield finding("warning", "time_gap", f"{name} leaves {counted(len(gaps), 'gap')}, up to {most:.3g} steps long", key=key, channels=[channel],
+                      places=gaps, why="Frames were lost: the robot seems to move several times as fast there, and chunks assume equal steps.", fix=fix)
     even = usual[(usual > 0) & (usual <= GAP * step)]
     jitter = float(np.quantile(np.abs(even - step), 0.95) / step) if len(even) else 0.0
     if jitter > JITTER:
@@ -117,10 +118,10 @@ def numbers(data: Data) -> list[Finding]:
             wrong = (d != 0) if of_episode else (d != counts)
             places += [data.place(block.lo + t + 1, text=f"{d[t]:+g}") for t in np.flatnonzero(wrong & ~np.isnan(d)).tolist() if t + 1 >= block.fresh]
         if places and of_episode:
-            out.append(finding("error", "missed_border", f"{key} changes {len(places):,} times within episodes", key=key, places=places,
+            out.append(finding("error", "missed_border", f"{key} changes in {counted(len(places), 'place')} within episodes", key=key, places=places,
                                why="Two episodes were run together: windows across the border teach a motion no robot can make.",
                                fix="Write the missing entries into meta/episode_ends"))
         elif places:
-            out.append(finding("warning", "time_gap", f"{key} skips {len(places):,} times", key=key, places=places,
+            out.append(finding("warning", "time_gap", f"{key} skips in {counted(len(places), 'place')}", key=key, places=places,
                                why="Frames were lost: the robot seems to move several times as fast there.", fix=drop(data.path, places)))
     return out

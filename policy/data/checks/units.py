@@ -6,6 +6,7 @@ import numpy as np
 from policy.data.checks.actions import kinds_of_episodes, pairs
 from policy.data.checks.finding import Finding, Place, finding, some, trim
 from policy.data.checks.look import Data
+from policy.page import counted
 
 FACTORS = {180 / np.pi: "degrees among radians", np.pi / 180: "radians among degrees", 1000.0: "milli-units among units", 1e-3: "units among milli-units"}
 NEAR = 1.25        # how far from such a factor
@@ -59,8 +60,9 @@ def between_episodes(data: Data, key: str) -> list[Finding]:
         at = np.flatnonzero((np.abs(middle - np.log(factor)) < np.log(2)) & alike)
         if len(at) and len(at) < 0.5 * len(data.ends):
             episodes = ",".join(map(str, at))
-            out.append(finding("error", "units_mixed", f"{len(at)} episodes are about {factor:.3g} times as large as the others, in every channel: {name}? "
-                               f"{some([f'episode {e}' for e in at], 4)}", key=key, channels=use, places=[Place(int(e), 0, int(data.lengths[e])) for e in at],
+            out.append(finding("error", "units_mixed", f"{counted(len(at), 'episode')} about {factor:.3g} times as large as the others, in every channel: "
+                               f"{name}? {some([f'episode {e}' for e in at], 4)}", key=key, channels=use,
+                               places=[Place(int(e), 0, int(data.lengths[e])) for e in at],
                                why="The network is told two things about the same motion, and the larger ones set the limits of the normaliser.",
                                fix=f"Scale these episodes in the source and convert it again; or {trim(data.path, f'drop=[{episodes}]')}", factor=factor))
     return out

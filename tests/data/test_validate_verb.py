@@ -1,0 +1,56 @@
+"""`dipole data validate` and `dipole data view` as they are typed: what they print, write and exit with."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from faults import FAULTS, clean
+
+from policy.data import Store
+from scripts.data_validate import told
+
+
+def typed(*words: str, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "scripts.cli", "data", *words], cwd=cwd, capture_output=True, text=True, timeout=120,
+                          env={"PATH": "/usr/bin", "HOME": str(cwd), "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    data = clean(6)
+    for name in ("nan", "glitch"):
+        FAULTS[name].plant(data)
+    store = Store.create(tmp_path / "mine.zarr", data.schema, fps=20, attrs={"action": data.attrs["action"]})
+    store.extend([{k: x[data.span(e)] for k, x in data.arrays.items()} for e in range(6)])
+    return store.path
+
+
+def test_findings_are_told_written_and_fail_ci(faulty, tmp_path):
+    done = typed("validate", "path=mine.zarr", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    said = done.stdout
+    assert "error    not_finite  joints[2]" in said and "    at   episode 5, steps 40 to 42" in said and "1 error, 1 warning, 0 notes" in said
+    assert "dipole data trim src=mine.zarr dst=mine_clean.zarr drop=[5]" in said
+    written = json.loads((tmp_path / "mine.zarr.validate" / "findings.json").read_text())
+    assert [f["code"] for f in written["findings"]] == ["not_finite", "glitch"] and written["errors"] == 1
+    assert (tmp_path / "mine.zarr.validate" / "validate.html").stat().st_size > 20_000
+
+
+@pytest.mark.slow
+def test_other_formats_strictness_and_the_view(faulty, tmp_path):
+    data = clean(6)
+    FAULTS["glitch"].plant(data)
+    np.savez(tmp_path / "mine.npz", observations=data.arrays["joints"], actions=data.arrays["action"], episode_ends=data.episode_ends)
+    done = typed("validate", "path=mine.npz", "fps=20", "strict=true", "out=checked", cwd=tmp_path)
+    assert done.returncode == 2 and "warning  glitch" in done.stdout, done.stdout + done.stderr
+    done = typed("view", "path=mine.zarr", "episode=3", cwd=tmp_path)
+    assert done.returncode == 0 and '"code": "glitch"' in (tmp_path / "mine.zarr.episode3.html").read_text(), done.stderr
+    done = typed("view", "path=mine.zarr", "episode=6", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: there is no episode 6: mine.zarr has 6 episodes, 0 to 5")
+
+
+def test_nothing_but_totals_is_said_of_clean_data(tmp_path):
+    from policy.data.validate import check
+    said = told(check(clean(6)))
+    assert said[-1] == "0 errors, 0 warnings, 0 notes" and len(said) == 4
