@@ -63,13 +63,17 @@ class Spec:
 
 @dataclass
 class Batch:
-    """obs {key: (b, t_obs, *shape)};   action (b, t, d), action[:, 0] answers the newest observation;   valid (b, t) bool, False on padding."""
+    """obs {key: (b, t_obs, *shape)};   action (b, t, d), action[:, 0] answers the newest observation;   valid (b, t) bool, False on padding.
+
+    source: (b,) int64, which of several datasets each row is of, where they are normalised each for itself.
+    """
     obs: Obs
     action: Tensor
     valid: Tensor
+    source: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch({k: fn(v) for k, v in self.obs.items()}, fn(self.action), fn(self.valid))
+        return Batch({k: fn(v) for k, v in self.obs.items()}, fn(self.action), fn(self.valid), None if self.source is None else fn(self.source))
 
     def to(self, device: torch.device | str) -> "Batch":
         return self.map(lambda x: x.to(device, non_blocking=True))

@@ -89,10 +89,11 @@ class Streamed(TrajectoryDataset):
         resident = sum(x.numel() * x.element_size() for x in self.resident.values()) + 16 * len(self)
         left = memory - resident
         self.block = chunk * max(1, min(BLOCK, left // (LEAST + 4 * self.readers)) // (chunk * frame))
-        rows = self.block + self.t_obs - 1  # a slot holds the history of its first window too
         absolute = self._absolute(np.arange(len(self)))
+        most = min(self.block, int(absolute[-1] - absolute[0]) + 1)
+        rows = most + self.t_obs - 1  # a slot holds the history of its first window too
         grid, self._block_of = np.unique(absolute // self.block, return_inverse=True)
-        decoding = self.readers * self.block * (stored + frame)
+        decoding = self.readers * most * (stored + frame)
         slots = min(len(grid), (left - decoding) // (rows * frame))
         if slots < (least := min(len(grid), 4)):
             need = resident + decoding + least * rows * frame
