@@ -2,6 +2,8 @@
 
 Training and evaluation are the suite's stages (scripts/suite.py), so the same command goes on where it stopped.
 """
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from policy.stats import Interval, Paired, Z, wilson
 from policy.train.log import console
 from scripts import common, suite
+from scripts.delay import named
 
 MERGES = ("naive", "ensemble", "frozen", "guided", "identity", "frozen@0.8", "guided@0.8")  # @: with a warm start at that noise time
 Facts = dict[str, Any]
@@ -20,8 +24,8 @@ def measure(cfg: DictConfig) -> Facts:
     """Train what is not trained yet, evaluate it late, in <run>/seams: {row: {seed: the contents of delay.json}}."""
     folder, rows = Path(cfg.run) / "seams", {}
     for name, row in common.plain(cfg.seams.rows).items():
-        merges = row.pop("merges", MERGES)
-        rows[name] = {"eval": ["videos=0"], **row, "after": [asked(cfg, merges)]}
+        merges, said = row.pop("merges", MERGES), row.pop("control", [])
+        rows[name] = {"eval": ["videos=0", *said, "episodes=1"], **row, "after": [[*asked(cfg, merges), *said]]}
     told = OmegaConf.merge(cfg, {"rows": None})
     told.rows = rows
     assert isinstance(told, DictConfig)
@@ -43,6 +47,27 @@ def asked(cfg: DictConfig, merges: list[str] | tuple[str, ...]) -> list[str]:
 def cells(found: Facts) -> list[tuple[str, int, str, list[Facts]]]:
     """(row, training seed, merge, its points by delay)."""
     return [(name, seed, merge, points) for name, row in found.items() for seed, kept in row["seeds"].items() for merge, points in kept["curves"].items()]
+
+
+def ratio(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, Interval]:
+    """Success after / before on the same seeds, with its 95 % interval (Bonett and Price 2006: Wilson's intervals, narrowed by what the pairs share)."""
+    pairs = Paired.of(before, after)
+    n, was, now = pairs.n - pairs.neither, pairs.both + pairs.only_a, pairs.both + pairs.only_b
+    if not was:
+        return math.nan, (0.0, math.inf)
+    widths = [math.sqrt((1 - (won + 1) / (n + 2)) / (won + 1)) for won in (was, now)]
+    z = Z * math.sqrt((pairs.only_a + pairs.only_b + 2) / ((was + 1) * (now + 1))) / sum(widths)
+    (lo_was, hi_was), (lo_now, hi_now) = wilson(was, n, z), wilson(now, n, z)
+    return now / was, (lo_now / hi_was, hi_now / lo_was)
+
+
+def keeps(kept: Facts, merge: str) -> list[str]:
+    """With the gate's delay, in words: success over that without delay, of the same merge and of naive; peak acceleration over naive's with that delay."""
+    late, won = kept["gate"]["delay"], {run["name"]: run["per_seed"]["success"] for run in kept["runs"]}
+    shares = [ratio(won[named(0, other)], won[named(late, merge)]) for other in (merge, "naive")]
+    peak = {m: next(p["accel_peak"] for p in kept["curves"][m] if p["delay"] == late) for m in (merge, "naive")}
+    less = [f"{peak[merge] / peak['naive']:.0%}"] if peak[merge] is not None and peak["naive"] else ["–"]
+    return [f"{share:.1%} [{lo:.1%}, {hi:.1%}]" for share, (lo, hi) in shares] + less
 
 
 def figures(point: Facts, naive: Facts) -> str:
@@ -69,9 +94,16 @@ def lines(found: Facts) -> tuple[list[str], list[list[str]]]:
 def markdown(found: Facts) -> str:
     heads, body = lines(found)
     said = [f"- {name}, seed {seed}: {kept['gate']['line']}" for name, row in found.items() for seed, kept in row["seeds"].items()]
-    table = [heads, ["---"] * len(heads), *body]
+    late = [[name, str(seed), merge, *keeps(found[name]["seeds"][seed], merge)] for name, seed, merge, points in cells(found) if points[0]["delay"] == 0]
+    more = ["row", "seed", "merge", "of its own success without delay", "of naive's", "peak acceleration, of naive's"]
     return "\n".join(["Success · peak commanded acceleration in action units / s² (share of naive's) · step where plans join, % of range.", "",
-                      *("| " + " | ".join(row) + " |" for row in table), "", *said, ""])
+                      *piped([heads, *body]), "", "What is kept at the gate's delay, on the same seeds, with 95 % intervals.", "",
+                      *piped([more, *late]), "", *said, ""])
+
+
+def piped(table: list[list[str]]) -> list[str]:
+    """Lines of a markdown table, heads first."""
+    return ["| " + " | ".join(row) + " |" for row in (table[0], ["---"] * len(table[0]), *table[1:])]
 
 
 def show(found: Facts) -> None:

@@ -91,9 +91,24 @@ def test_a_winner_with_a_warm_start_is_kept_whole(tmp_path):
 def test_the_table_of_seams_reads_what_the_evaluations_left():
     def point(delay: int, success: float, peak: float) -> dict:
         return {"delay": delay, "success": success, "accel_peak": peak, "seam": 0.02}
-    curves = {"naive": [point(0, 1, 10), point(3, 0.9, 20)], "guided": [point(0, 1, 8), point(3, 0.95, 9)]}
-    found = {"panda": {"recipe": "", "seeds": {1: {"curves": curves, "fps": 20, "gate": {
-        "merge": "guided", "line": "gate", "kept": {"guided": [0.95, 0.9, 1]}, "accel_peak_normalised": {"naive": 4.0, "guided": 2.0}}}}}}
+    curves = {"naive": [point(0, 0.8, 10), point(3, 0.9, 20)], "guided": [point(0, 1, 8), point(3, 0.95, 9)]}
+    runs = [{"name": name, "per_seed": {"success": [i < won for i in range(100)]}}
+            for name, won in (("delay 0, naive", 80), ("delay 0, guided", 100), ("delay 3, naive", 90), ("delay 3, guided", 95))]
+    found = {"panda": {"recipe": "", "seeds": {1: {"curves": curves, "runs": runs, "fps": 20, "gate": {
+        "merge": "guided", "delay": 3, "line": "gate", "kept": {"guided": [0.95, 0.9, 1]}, "accel_peak_normalised": {"naive": 4.0, "guided": 2.0}}}}}}
     text = bench_seams.markdown(found)
     assert "| panda | 1 | guided | 100% · 8 (80%) · 2.0 | 95% · 9 (45%) · 2.0 |" in text and "3 steps (150 ms)" in text and "- panda, seed 1: gate" in text
+    assert "| panda | 1 | guided | 95.0% [90.5%, 99.7%] | 118.8% [108.7%, 129.7%] | 45% |" in text
     assert bench_seams.headline(found) == "panda seed 1: guided keeps 95% of the success at 50% of naive's peak acceleration"
+
+
+@pytest.mark.parametrize(("n", "before", "after", "shared"), [(400, 0.97, 0.95, 0.0), (400, 0.99, 0.98, 0.5), (60, 0.5, 0.6, 0.5)])
+def test_the_interval_of_a_ratio_of_successes_holds_it_as_often_as_it_says(n, before, after, shared):
+    rng, held, draws = np.random.default_rng(0), 0, 600
+    for _ in range(draws):
+        luck = rng.random(n)
+        other = np.where(rng.random(n) < shared, luck, rng.random(n))
+        found, (lo, hi) = bench_seams.ratio((luck < before).tolist(), (other < after).tolist())
+        assert lo <= found <= hi
+        held += lo <= after / before <= hi
+    assert 0.93 < held / draws < 0.98
