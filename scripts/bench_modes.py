@@ -111,7 +111,8 @@ def chain(planner: Planner, obs: dict[str, torch.Tensor], n: int) -> list[tuple[
         final = plans_at(planner, obs, n)
     finally:
         planner.denoiser = inner
-    decoded = [(ratio, planner.normalizer.decode({"action": x})["action"].numpy()[..., :2]) for ratio, x in seen]
+    seen_from = {k: v.expand(n, *v.shape[1:]) for k, v in obs.items()}
+    decoded = [(ratio, planner.decode_actions(x, seen_from).numpy()[..., :2]) for ratio, x in seen]
     return [*decoded, (0.0, final[..., :2])]
 
 

@@ -30,7 +30,8 @@ from scripts import films, sweep
 from scripts.recording import keeping, recorder
 from scripts.settings import command, key_of, overrides, plain, whole
 
-LEARNED = ("padding_loss", "obs_noise", "cond_drop", "normalize", "t_obs", "horizon", "data", "train", "density", "formalism", "teacher")
+LEARNED = ("padding_loss", "obs_noise", "cond_drop", "normalize", "per_step", "transform", "t_obs", "horizon", "data", "train", "density", "formalism",
+           "teacher")
 NOT_RECORDED = ("max_steps", "workers", "timeout", "meshes")  # settings that change nothing in what an expert shows
 PLANNER = ("encoder", "net", "schedule", "denoiser", "objective", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
 
@@ -115,7 +116,8 @@ def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryData
         raise FileNotFoundError(f"there is no dataset {cfg.data.path}. Name one with data.path=…, or record one: dipole collect path={cfg.data.path}")
     d = plain(cfg.data)
     store, obs, action = Store.open(d.pop("path"), missing=d.pop("missing", "error")), d.pop("obs"), d.pop("action")
-    d.pop("fps", None)
+    for about in ("fps", "semantics"):
+        d.pop(about, None)
     return TrajectoryDataset(store, observed(store, obs, action), action, t_obs=cfg.t_obs, horizon=cfg.horizon, split=split, device=device, **d)
 
 

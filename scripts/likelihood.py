@@ -48,13 +48,14 @@ def likelihood(cfg: DictConfig, folder: Path, out: Path) -> dict[str, Any]:
                 rows = spread(data.whole(), wanted.scored, name, data.horizon)
                 task = progress.add_task("strange observations", total=len(wanted.noise) + 3, note="")
                 scored = scores(planner, data, *rows, wanted, functools.partial(progress.advance, task, 1))
-    scale = planner.normalizer.decode({"action": torch.ones(planner.spec.action_dim, device=device)})["action"] - planner.normalizer.decode(
-        {"action": torch.zeros(planner.spec.action_dim, device=device)})["action"]
+    ones = torch.ones(1, *planner.size, device=device)
+    scale = planner.normalizer.decode({"action": ones})["action"] - planner.normalizer.decode({"action": 0 * ones})["action"]
+    physical = scale.double().log().mean().item() if planner.transform.volume else None  # a rotation in six numbers has no density of three
     found = {"task": planner.spec.task, "run": str(folder), "checkpoint": cfg.checkpoint, "step": facts["step"], "command": common.command(), "floor": floor,
-             "dims": planner.spec.horizon * planner.spec.action_dim, "steps": wanted.steps, "trace": wanted.trace, "draws": wanted.draws,
+             "dims": math.prod(planner.size), "steps": wanted.steps, "trace": wanted.trace, "draws": wanted.draws,
              "path": type(planner.denoiser.path).__name__, "splits": splits,
              **{kind: splits["held out"][kind]["mean"] for kind in ("exact", "bound")},
-             "physical": {"unit": planner.spec.units.get("action", ""), "add_nats_per_dim": scale.double().log().mean().item()}, "ood": scored}
+             "physical": {"unit": planner.spec.units.get("action", ""), "add_nats_per_dim": physical}, "ood": scored}
     common.save_json(out / "likelihood.json", found)
     page = write_page(out, found)
     console.print(f"[bold]{line(found)}[/]\nreport: {page}", highlight=False, soft_wrap=True)
@@ -78,11 +79,11 @@ def spread(whole: list[Tensor], n: int, name: str, horizon: int) -> tuple[Tensor
 
 def nats(planner: Planner, data: TrajectoryDataset, index: Tensor, episodes: list[int], wanted: DictConfig, advance: Callable[[int], object]) -> dict[str, Any]:
     """{exact, bound: mean, 95 % interval over episodes, every window}: -log p(actions | observation) in nats per dimension."""
-    path, n = planner.denoiser.path, planner.spec.horizon * planner.spec.action_dim
+    path, n = planner.denoiser.path, math.prod(planner.size)
     every: dict[str, list[Tensor]] = {"exact": [], "bound": []}
     for rows in index.split(AT_ONCE):
         batch: Batch = data.batch(rows)
-        cond, x0 = planner.encode(batch.obs), planner.normalizer.encode({"action": batch.action})["action"]
+        cond, x0 = planner.encode(batch.obs), planner.encode_actions(batch.action, batch.obs, batch.valid)
         every["exact"].append(-log_likelihood(planner.denoiser, path, x0, cond, floor=wanted.floor, steps=wanted.steps, trace=wanted.trace) / n)
         every["bound"].append(variational_bound(planner.denoiser, path, x0, cond, floor=wanted.floor, draws=wanted.draws) / n)
         advance(len(rows))

@@ -54,7 +54,7 @@ def _nats(found: dict[str, Any]) -> str:
     splits, add, unit = found["splits"], found["physical"]["add_nats_per_dim"], found["physical"]["unit"]
     rows = ""
     for kind, words in (("exact", "-log p by the probability-flow ODE"), ("bound", "variational bound on it")):
-        for plus, where in ((0.0, "normalised actions"), (add, f"actions in {unit or 'the units of the data'}")):
+        for plus, where in ((0.0, "normalised actions"), *([] if add is None else [(add, f"actions in {unit or 'the units of the data'}")])):
             cells = "".join(f"<td>{_cell(s[kind]['mean'] + plus, [v + plus for v in s[kind]['ci']] if s[kind]['ci'] else None)}</td>" for s in splits.values())
             rows += f"<tr><th>{words} <small>{escape(where)}</small></th>{cells}</tr>"
     totals = "".join(f"<td>{s['exact']['mean'] * found['dims']:.1f}</td>" for s in splits.values())

@@ -9,7 +9,7 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from policy.data.normalize import Normalizer
+from policy.data import statistics
 from policy.data.store import Store
 from policy.diffusion.objective import distillation, ignorance, inside
 from policy.planner import Planner
@@ -17,7 +17,7 @@ from policy.train import checkpoint
 from policy.train.log import Log, console, read_rows
 from policy.train.loop import NotFinite, Settings, Trainer
 from policy.types import Spec
-from scripts import common, sweep
+from scripts import common, sweep, transforms
 from scripts.verb import verb
 
 
@@ -35,8 +35,11 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
     torch.manual_seed(cfg.train.seed)  # initial weights
     told = common.plain(cfg.train)
     rtc = delays_of(told.pop("rtc", False), cfg.horizon)
-    config = {**common.planner_config(cfg), **({"rtc": rtc} if rtc else {})}
-    planner = checkpoint.build(config, spec, Normalizer.fit(data.arrays, modes), trust=list(cfg.trust)).to(device)
+    nodes = transforms.completed(cfg, data)
+    config = {**common.planner_config(cfg), **({"rtc": rtc} if rtc else {}), **({"transform": nodes} if nodes else {}),
+              **({"per_step": True} if cfg.per_step else {})}
+    normalizer = statistics.fit(data, checkpoint.transform_of(config, list(cfg.trust)), modes, per_step=cfg.per_step)
+    planner = checkpoint.build(config, spec, normalizer, trust=list(cfg.trust)).to(device)
     if bool(cfg.teacher) != (inside(planner.objective)[0] is distillation):
         raise ValueError("a teacher and objective=distillation belong together: dipole distill sets both")
     if cfg.teacher:
@@ -53,7 +56,8 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
     trainer = Trainer(planner, data, folder, settings, config=config, val=val, rollout=rollout)
     if cfg.resume:
         trainer.resume()
-    common.write_start(folder, OmegaConf.create({**cfg, "resume": False}), said)  # only now: a refused configuration leaves no folder behind
+    # only now: a refused configuration leaves no folder behind
+    common.write_start(folder, OmegaConf.create({**cfg, "transform": nodes, "resume": False}), said)
     console.print(f"{folder}: {len(data.episodes)} episodes, {len(data)} windows, {sum(p.numel() for p in planner.parameters()) / 1e6:.2f} M parameters, "
                   f"{device}, {'bf16' if trainer.bf16 else 'fp32'}", highlight=False, soft_wrap=True)
     with Log(folder, config={**config, "train": common.plain(cfg.train), "versions": checkpoint.versions()}, resume_at=trainer.step, **cfg.log) as log:

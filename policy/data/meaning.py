@@ -54,8 +54,8 @@ class Known:
                 at = {i: j if take is None else list(take).index(j) for i, j in zip(moving, of, strict=True)}
                 return replace(known, state=observation, pairs={i: at[i] for i in known.pairs}, turns_take=tuple(at[i] for i in turns),
                                state_rotation=said.rotation)
-        return replace(known, lacks=f"{name} says that its actions are about {said.of!r}, channels {of}, which the policy does not observe: "
-                                    f"data.obs.{said.of}={said.of} shows it")
+        return replace(known, lacks=f"{name} says that its actions are about channels {of} of {said.of!r}, which the policy does not observe: "
+                                    f"data.obs={{…, {said.of}: {said.of}}} shows it")
 
 
 def complete(nodes: Mapping[str, Node], known: Known) -> dict[str, dict[str, Any]]:
@@ -116,6 +116,9 @@ def _measured(given: dict[str, Any], known: Known, name: str, kind: type) -> dic
         given["take"] = [known.pairs[i] for i in given["channels"]]
     if given.get("frame") == "tool":
         given.setdefault("position", list(known.position))
+        if not given.get("rotation") or not given["position"]:
+            raise ValueError(f"transform.{name}.frame=tool is about poses, and {known.name} does not say which action channels are one: data.semantics="
+                             "{rotation: axis_angle, parts: {position: [0, 1, 2], rotation: [3, 4, 5]}, …}; without rotations use frame=mixed")
     return given
 
 
