@@ -57,9 +57,10 @@ def _key(store: Store, key: str, quantiles: Sequence[float]) -> dict[str, Any]:
         else:
             sample.append(x[-lo % stride::stride].reshape(-1, c).astype(np.float64))
         seen.add(x.reshape(-1, c))
-    at = [_of_bins(b, quantiles) for b in bins] if bins is not None else [_of_numbers(col, quantiles) for col in np.concatenate(sample).T]
+    rows = np.concatenate(sample) if sample else np.zeros((0, c))
+    at = [_of_bins(b, quantiles) for b in bins] if bins is not None else [_of_numbers(column, quantiles) for column in rows.T]
     return {**head, **seen.told(), "quantiles": {str(q): [a[i] for a in at] for i, q in enumerate(quantiles)},
-            "of": store.steps if bins is not None else -(-store.steps // stride)}
+            "of": store.steps if bins is not None else len(rows) * math.prod(channels) // max(1, numbers)}
 
 
 class _Moments:

@@ -129,6 +129,8 @@ def test_what_a_policy_must_not_see_is_no_observation(tmp_path):
     x = {k: np.zeros((n, 2)) for k in names} | {"terminal": np.arange(n) == n - 1, "image": np.zeros((n, 8, 8, 3), np.uint8), "note": np.array(["a"] * n)}
     np.savez(tmp_path / "a.npz", **{k: v for k, v in x.items() if k != "note"})
     assert Store.open(convert(tmp_path / "a.npz", tmp_path / "a.zarr", fps=1).path).attrs["obs"] == {"observation": "observation"}
+    np.savez(tmp_path / "b.npz", q=np.zeros((n, 2)), next_q=np.zeros((n, 2)), action=np.zeros((n, 2)))
+    assert Store.open(convert(tmp_path / "b.npz", tmp_path / "b.zarr", fps=1).path).attrs["obs"] == {"q": "q"}
 
 
 # ---------------------------------------------------------------- rate
@@ -217,6 +219,14 @@ def test_what_is_no_dataset_says_what_was_looked_for(tmp_path, name, content, me
         convert(tmp_path / "nowhere", tmp_path / "b.zarr")
 
 
+def test_what_appears_meanwhile_is_not_overwritten(arrays, tmp_path):
+    def meanwhile(i, n, steps):
+        (tmp_path / "a.zarr").write_text("mine")
+    with pytest.raises(DataError, match=r"a\.zarr exists and is not overwritten"):
+        convert(arrays, tmp_path / "a.zarr", fps=10, action_from="right", progress=meanwhile)
+    assert (tmp_path / "a.zarr").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_nothing_is_overwritten_and_no_half_dataset_is_left(arrays, dataset, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="exists and is not overwritten"):
         convert(arrays, dataset, fps=10)
@@ -272,3 +282,13 @@ print(peak() - one)
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 120
+
+
+def test_a_store_behind_a_url_converts(dataset, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").put(str(dataset), "/bucket/demo.zarr", recursive=True)
+    done = convert("memory://bucket/demo.zarr", tmp_path / "a.npz", format="npz")
+    assert (done.episodes, done.steps) == (4, 50)
+    assert_same(Store.open(convert("memory://bucket/demo.zarr", tmp_path / "a.zarr", format="store").path), EPISODES)
+    with pytest.raises(DataError, match=r"memory://bucket/demo.hdf5 is not a store of dipole.*Download it first"):
+        convert("memory://bucket/demo.hdf5", tmp_path / "b.zarr", fps=1)

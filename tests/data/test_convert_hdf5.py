@@ -66,6 +66,16 @@ def test_a_mask_chooses_episodes_and_what_is_left_is_written_back(robomimic, tmp
         open_source(robomimic, filter="train")
 
 
+def test_an_episode_without_steps_is_left_out_with_a_word(tmp_path):
+    with h5py.File(tmp_path / "a.hdf5", "w") as f:
+        for i, n in enumerate((2, 0, 3)):
+            f[f"data/demo_{i}/actions"], f[f"data/demo_{i}/states"] = np.zeros((n, 2)), np.zeros((n, 3))
+    done = convert(tmp_path / "a.hdf5", tmp_path / "a.zarr", fps=10)
+    assert (done.episodes, done.notes) == (2, ("episode 1 has no steps and was left out",))
+    with h5py.File(convert(done.path, tmp_path / "b.hdf5").path) as f:
+        assert sorted(f["data"]) == ["demo_0", "demo_2"]
+
+
 def test_a_store_from_elsewhere_becomes_a_robomimic_file(dataset, tmp_path):
     with h5py.File(convert(dataset, tmp_path / "a.hdf5", format="robomimic").path) as f:
         assert sorted(f["data"]) == [f"demo_{i}" for i in range(4)] and f["data"].attrs["total"] == 50

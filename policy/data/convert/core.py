@@ -13,7 +13,7 @@ from policy.data.convert.mapping import Rules
 from policy.data.convert.plan import Plan
 from policy.data.convert.source import Source
 from policy.data.convert.store import detects as is_store
-from policy.data.files import DataError
+from policy.data.files import DataError, Url, where
 from policy.data.store import Store
 
 FORMATS = ("robomimic", "d4rl", "minari", "npz", "store", "lerobot", "rosbag", "diffusion_policy")
@@ -41,9 +41,7 @@ def module(name: str) -> ModuleType:
 
 def detect(path: Path | str) -> str:
     """The one format that path is.   DataError says what was looked for when there is none, and which when there are several."""
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path} does not exist. Check src=…")
+    path = _here(path)
     if path.suffix in PICKLED:
         raise DataError(f"{path} is pickled, and unpickling a file runs whatever program it holds, so dipole does not. Load it where you trust it and save "
                         "its arrays with numpy.savez (observations, actions, episode_ends), then convert that")
@@ -62,12 +60,20 @@ def open_source(path: Path | str, format: str | None = None, *, fps: float | Non
     fps: the rate to lay it on [Hz], for a format without steps of its own.
     """
     name = format or detect(path)
-    reader = module(name)
-    if not Path(path).exists():
-        raise DataError(f"{path} does not exist. Check src=…")
+    reader, path = module(name), _here(path)
     if fps and "fps" in inspect.signature(reader.read).parameters:
         options = {"fps": fps, **options}
-    return reader.read(Path(path), **_allowed(name, reader.read, options))
+    return reader.read(path, **_allowed(name, reader.read, options))
+
+
+def _here(path: Path | str) -> Path:
+    """The path, when there is something at it. Of what lies behind a URL only a store can be read."""
+    path = where(path)
+    if isinstance(path, Url) and not is_store(path):
+        raise DataError(f"{path} is not a store of dipole; other formats are read from this computer's disk. Download it first")
+    if not isinstance(path, Url) and not path.exists():
+        raise DataError(f"{path} does not exist. Check src=…")
+    return path
 
 
 def _allowed(name: str, function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, A
 
     mapping and entries: see policy.data.convert.mapping; entries (fps=20, keys={…}) win.   dst appears when it is complete, and is never overwritten.
     """
-    src, dst, rules = Path(src), free(dst), Rules.of(mapping).but(**entries)
+    src, dst, rules = where(src), free(dst), Rules.of(mapping).but(**entries)
     if is_store(src) and not (rules.format and module(rules.format).detects(src)):
         return _back(src, dst, rules)
     source = open_source(src, rules.format, **{"fps": rules.fps, **rules.options})

@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from policy.data.convert.source import Source
-from policy.data.files import DataError
+from policy.data.files import DataError, Url
 from policy.data.semantics import Semantics
 from policy.data.store import Store
 
@@ -12,7 +12,7 @@ OWN = ("fps", "units", "action_semantics", "action", "obs", "source")  # attribu
 def detects(path: Path) -> bool:
     """Whether dipole wrote it; others' zarr is a format of its own."""
     try:
-        return path.exists() and "action_semantics" in Store.open(path).attrs
+        return (isinstance(path, Url) or path.exists()) and "action_semantics" in Store.open(path).attrs
     except DataError:
         return False
 
