@@ -9,6 +9,8 @@ import json
 import os
 import re
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -51,7 +53,10 @@ class Remote:
         self._backend: Backend = self._try("", lambda: (_Obstore if self.scheme in OBSTORE else _Fsspec)(url))
         self._asked: dict[str, int] = {}
         self.is_file = urlsplit(url).path.lower().endswith(".zip")
-        self.sizes: dict[str, int] | None = None if self.is_file else self._try("", self._backend.list)
+        try:
+            self.sizes: dict[str, int] | None = None if self.is_file else self._try("", self._backend.list)
+        except FileNotFoundError:  # no such bucket
+            self.sizes = {}
         if self.sizes is not None and not self.sizes:
             raise DataError(f"{url} does not exist: nothing lies under it. Check the URL, bucket and prefix included")
 
@@ -88,10 +93,9 @@ class Remote:
                 listed = said.get("metadata") or (said.get("consolidated_metadata") or {}).get("metadata") or {}
                 if keys := sorted({part[1] for path in listed if len(part := path.split("/")) > 1 and part[0] == "data" and part[1]}):
                     return keys
-        if size := self.size("data/"):
-            page = self.read("data/", 0, size).decode(errors="replace")
-            if keys := sorted({unquote(k) for k in re.findall(r'href="\.?/?([^"/?#]+)/"', page)} - {"..", "."}):
-                return [k for k in keys if self.size(f"data/{k}/{meta}")]
+        page = self._try("", lambda: _page(f"{self.url}/data/")) if self.scheme.startswith("http") else ""
+        if keys := [k for k in sorted(set(map(unquote, re.findall(r"""href=["'](?:\./)?([^."'/?#][^"'/?#]*)/["']""", page)))) if self.size(f"data/{k}/{meta}")]:
+            return keys
         raise DataError(f"{self.url}: the server does not say what lies under data/. Serve the dataset as one .zip, from a server that lists folders, or write "
                         "its contents down once, where it lies: python -c \"import zarr; zarr.consolidate_metadata('mine.zarr')\"")
 
@@ -145,7 +149,7 @@ class _Obstore:
         self._web = parts.scheme in ("http", "https")
         head, _, last = url.rpartition("/")
         self._file = last if parts.path.lower().endswith(".zip") else ""  # a store has folders below it, so a file's is the one it lies in
-        plain = parts.scheme == "http" or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+        plain = parts.scheme == "http" or _endpoint().startswith("http://")
         more = {"credential_provider": chain} if parts.scheme in ("s3", "s3a") and (chain := _boto3()) else {}
         self._store = from_url(head if self._file else url, retry_config={"max_retries": 0},  # Remote tries again, and bodies that break off too
                                client_options={"timeout": timedelta(seconds=seconds), "connect_timeout": timedelta(seconds=min(5.0, seconds)),
@@ -173,7 +177,9 @@ class _Obstore:
             raise Refused(f"the server refuses ({code})") from e
         except (self._errors.BaseError, TimeoutError) as e:
             text = str(e)
-            if "169.254" in text or ("metadata" in text.lower() and "credential" in text.lower()):
+            if status := re.search(r"status code: (40[134])", text):  # of a listing
+                raise Absent if status[1] == "404" else Refused(f"the server refuses ({status[1]})") from e
+            if any(sign in text for sign in ("169.254", "latest/api/token", "latest/meta-data", "metadata.google", "credentials")):
                 raise Refused("no credentials were found") from e
             raise OSError(_short(text)) from e
 
@@ -210,6 +216,30 @@ class _Fsspec:
             raise Absent from e
         except PermissionError as e:
             raise Refused(str(e) or "the server refuses") from e
+
+
+def _endpoint() -> str:
+    """AWS_ENDPOINT_URL, '' when there is none. obstore would end the process over one that is no URL."""
+    text = os.environ.get("AWS_ENDPOINT_URL", "")
+    try:
+        parts = urlsplit(text)
+        fits = not text or (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise DataError(f"AWS_ENDPOINT_URL={text} is no address of a server: write http://host:port")
+    return text
+
+
+def _page(url: str) -> str:
+    """The index of a folder, '' where the server makes none."""
+    try:
+        with urllib.request.urlopen(url, timeout=float(os.environ.get("DIPOLE_REMOTE_TIMEOUT", 20))) as answer:
+            return answer.read().decode(errors="replace")
+    except urllib.error.HTTPError as e:
+        if e.code >= 500:
+            raise
+        return ""
 
 
 def _boto3() -> Any:

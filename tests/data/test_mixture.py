@@ -173,5 +173,5 @@ def test_memory_is_what_was_said_or_a_share_of_what_is_free(stores, monkeypatch)
     monkeypatch.setattr("policy.data.sources.free_memory", lambda: 20_000)
     assert memory_of("auto", found) == 5_000  # 120 frames of 126 bytes are more than half of it
     for bad in (0, "2 GB"):
-        with pytest.raises(ValueError, match="data.memory="):
+        with pytest.raises(ValueError, match=r"data\.memory"):
             memory_of(bad, found)
