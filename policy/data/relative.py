@@ -42,6 +42,7 @@ class RelativeToChunk(Transform):
         return (self.state,)
 
     def __post_init__(self) -> None:
+        self._settle("channels", "take", "turns", "turns_take", "position")
         if self.frame not in FRAMES:
             raise ValueError(f"frame={self.frame!r} is unknown; use one of {', '.join(FRAMES)}")
         for name, rotation, channels in (("turns", self.rotation, self.turns), ("turns_take", self._state_rotation, self.turns_take)):

@@ -47,6 +47,12 @@ class Transform:
         """Shapes of observations behind encode_obs."""
         return dict(sizes)
 
+    def _settle(self, *names: str) -> None:
+        """Channels as tuples, whatever they came as: equal transforms are equal."""
+        for name in names:
+            channels = getattr(self, name)
+            object.__setattr__(self, name, None if channels is None else tuple(int(i) for i in channels))
+
 
 @dataclass(frozen=True)
 class Chain(Transform):
@@ -110,6 +116,8 @@ class Rotation(Transform):
     obs_source: str | None = None
 
     def __post_init__(self) -> None:
+        self._settle("channels")
+        object.__setattr__(self, "obs", {key: None if take is None else tuple(take) for key, take in self.obs.items()})
         for name in (self.source, self.to, self._obs_source):
             if name not in WIDTHS:
                 raise ValueError(f"{name!r} is no representation of a rotation; use one of {', '.join(WIDTHS)}")
@@ -170,6 +178,7 @@ class Binarise(Transform):
     high: float
 
     def __post_init__(self) -> None:
+        self._settle("channels")
         if not self.low <= self.threshold < self.high:
             raise ValueError(f"threshold={self.threshold} must lie between low={self.low} and high={self.high}")
 
