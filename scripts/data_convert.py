@@ -1,5 +1,8 @@
 """Another format into a store, and back: dipole data convert src=demo.hdf5 dst=demos/lift.zarr."""
+from contextlib import ExitStack
+
 from omegaconf import DictConfig
+from rich.progress import Progress, TaskID
 
 from policy.data.convert import Converted, convert
 from policy.data.store import Store
@@ -24,7 +27,14 @@ def told(done: Converted, src: str) -> list[str]:
 def start(cfg: DictConfig) -> None:
     d = plain(cfg)
     src, dst, mapping = d.pop("src"), d.pop("dst"), d.pop("mapping")
-    with bar() as progress:
-        task = progress.add_task("convert", total=None, note="")
-        done = convert(src, dst, mapping=mapping, progress=lambda i, n, steps: progress.update(task, completed=i, total=n, note=f"{steps} steps"), **d)
+    with ExitStack() as stack:
+        shown: list[tuple[Progress, TaskID]] = []
+
+        def tell(i: int, n: int, steps: int) -> None:
+            if not shown:  # a refused dataset shows no bar
+                progress = stack.enter_context(bar())
+                shown.append((progress, progress.add_task("convert", total=n, note="")))
+            progress, task = shown[0]
+            progress.update(task, completed=i, total=n, note=f"{steps} steps")
+        done = convert(src, dst, mapping=mapping, progress=tell, **d)
     console.print("\n".join(told(done, src)), highlight=False, soft_wrap=True, markup=False)

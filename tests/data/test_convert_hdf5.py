@@ -1,4 +1,5 @@
 """robomimic, D4RL and Minari files, written as their own projects write them, into the store and back: the same content, bit for bit."""
+import io
 import json
 
 import gymnasium as gym
@@ -241,3 +242,50 @@ def test_a_minari_dataset_in_arrow_is_refused(tmp_path):
     (tmp_path / "data/metadata.json").write_text('{"data_format": "arrow"}')
     with pytest.raises(DataError, match=r"format 'arrow'; hdf5 is read.*data_format='hdf5'"):
         convert(tmp_path, tmp_path / "a.zarr", format="minari")
+
+
+# ---------------------------------------------------------------- ACT and ALOHA
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_of_one_file_an_episode(tmp_path, packed):
+    """As ALOHA records: images as they are, or as JPEG padded to one length, by OpenCV, which takes the first colour for blue."""
+    Image = pytest.importorskip("PIL.Image")
+
+    def jpeg(x):
+        Image.fromarray(np.ascontiguousarray(x[..., ::-1])).save(out := io.BytesIO(), "JPEG", quality=95)
+        return np.frombuffer(out.getvalue(), np.uint8)
+    (tmp_path / "transfer").mkdir()
+    images = {}
+    for i in (0, 1, 2, 10):
+        n = 3 + i
+        with h5py.File(tmp_path / "transfer" / f"episode_{i}.hdf5", "w") as f:
+            f.attrs["sim"], f.attrs["compress"] = False, packed
+            smooth = np.linspace(0, 255, 40 * 48).reshape(40, 48)
+            images[i] = np.stack([np.stack([smooth, 255 - smooth, np.full_like(smooth, 20 * (t % 12))], -1) for t in range(n)]).astype(np.uint8)
+            files = [jpeg(x) for x in images[i]]
+            length = max(map(len, files))
+            f["observations/images/cam_high"] = np.stack([np.pad(x, (0, length - len(x))) for x in files]) if packed else images[i]
+            for key in ("qpos", "qvel", "effort"):
+                f[f"observations/{key}"] = RNG.normal(size=(n, 14))
+            f["action"] = RNG.normal(size=(n, 14))
+            if packed:
+                f["compress_len"] = np.array([[len(x) for x in files]], np.float32)
+    done = convert(tmp_path / "transfer", tmp_path / "a.zarr", fps=50)
+    store = Store.open(done.path)
+    assert (done.format, done.episodes, sorted(store.attrs["obs"])) == ("aloha", 4, ["effort", "qpos", "qvel"])
+    assert store.attrs["action"]["of"] == "qpos" and np.diff(store.episode_ends, prepend=0).tolist() == [3, 4, 5, 13]
+    error = store.episode(3)["images_cam_high"].astype(int) - images[10]
+    assert np.abs(error).max() <= (12 if packed else 0)  # the colours are in their order
+    back = convert(done.path, tmp_path / "back")
+    assert bool(back.notes) == packed
+    if not packed:
+        for i in images:
+            assert_same_hdf5(tmp_path / "transfer" / f"episode_{i}.hdf5", back.path / f"episode_{i}.hdf5")
+    else:
+        again = Store.open(convert(back.path, tmp_path / "b.zarr", fps=50).path)
+        np.testing.assert_array_equal(again.read("images_cam_high"), store.read("images_cam_high"))
+
+
+def test_a_store_from_elsewhere_becomes_one_file_an_episode(dataset, tmp_path):
+    back = convert(convert(dataset, tmp_path / "b", format="aloha").path, tmp_path / "c.zarr", fps=10)
+    for key in Store.open(dataset).keys:
+        np.testing.assert_array_equal(Store.open(back.path).read(key), Store.open(dataset).read(key))

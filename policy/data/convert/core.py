@@ -1,4 +1,5 @@
 """Another format into the store, episode by episode, and a store into another format. `dipole data convert` is this on the command line."""
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from policy.data.convert.store import detects as is_store
 from policy.data.files import DataError, Url, where
 from policy.data.store import Store
 
-FORMATS = ("robomimic", "d4rl", "minari", "npz", "store", "lerobot", "rosbag", "diffusion_policy")
+FORMATS = ("robomimic", "aloha", "d4rl", "minari", "npz", "store", "lerobot", "rosbag", "diffusion_policy")
 # Modules of this package; the first line of each says what it looks for.
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 Progress = Callable[[int, int, int], None]  # episodes done, of how many, steps done
@@ -35,7 +36,8 @@ class Converted:
 
 def module(name: str) -> ModuleType:
     if name not in FORMATS:
-        raise ValueError(f"format={name!r} is unknown; use one of {', '.join(FORMATS)}")
+        close = difflib.get_close_matches(name, FORMATS, n=1)
+        raise ValueError(f"format={name!r} is unknown. " + (f"Did you mean {close[0]}? " if close else "") + f"Known: {', '.join(FORMATS)}")
     return importlib.import_module(f"policy.data.convert.{name}")
 
 

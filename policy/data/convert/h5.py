@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from policy.data.convert.images import read_image
 from policy.data.files import DataError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
+JPEG = b"\xff\xd8\xff"
 COMPRESSIONS = ("gzip", "lzf", "szip")
 
 
@@ -144,6 +146,30 @@ def differs(path: Any, rows: Mapping[str, Any], where: str, first_rows: Mapping[
     key = sorted(k for k in {*rows, *first_rows} if rows.get(k) != first_rows.get(k))[0]
     has, wants = (f"{r[key][0]} {r[key][1]} a step" if key in r else "missing" for r in (rows, first_rows))
     return DataError(f"{path}: {key!r} is {has} in {where} and {wants} in {first}. Every episode needs the same: repair that one, or remove it from the file")
+
+
+def jpeg(dataset: Any) -> bool:
+    """Whether each row is a JPEG file, of its own length or padded to one."""
+    if h5py().check_vlen_dtype(dataset.dtype) != np.uint8 and not (dataset.dtype == np.uint8 and dataset.ndim == 2):
+        return False
+    return len(dataset) > 0 and dataset[0][:3].tobytes() == JPEG
+
+
+def frame(dataset: Any) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, dtype) of one row, decoded."""
+    if not jpeg(dataset):
+        return dataset.shape[1:], dataset.dtype
+    first = rows(dataset, 0, 1)
+    return first.shape[1:], first.dtype
+
+
+def rows(dataset: Any, lo: int, hi: int) -> np.ndarray:
+    """Rows [lo, hi); JPEG files decoded to (n, h, w, 3), or (n, h, w) grey ones, uint8."""
+    if not jpeg(dataset):
+        return dataset[lo:hi]
+    frames = [read_image(x.tobytes(), f"{dataset.file.filename}: frame {lo + i} of {dataset.name}") for i, x in enumerate(dataset[lo:hi])]
+    x = np.stack(frames)
+    return x[..., 0] if x.shape[-1] == 1 else x
 
 
 def filters(dataset: Any) -> dict[str, Any]:

@@ -12,14 +12,12 @@ import numpy as np
 
 from policy.data.convert import h5
 from policy.data.convert.back import Origin, observed
-from policy.data.convert.images import read_image
 from policy.data.convert.source import Episode, Source
 from policy.data.files import DataError
 from policy.data.store import Schema, Store
 
 FILE, META = "main_data.hdf5", "metadata.json"
 LAYOUT = "0.5.4"  # of the Minari whose files ours look like
-JPEG = b"\xff\xd8\xff"
 OUTCOMES = ("rewards", "terminations", "truncations")
 
 
@@ -44,7 +42,7 @@ def read(path: Path) -> Source:
             raise DataError(f"{folder / FILE} holds no episode")
         schema, longer, each = _episodes(f, names)
         first = f[names[0]]
-        keep = {"metadata": text, "longer": longer, "episodes": each, "attrs": h5.attrs_of(f), "jpeg": [k for k in schema if _jpeg(first[k])],
+        keep = {"metadata": text, "longer": longer, "episodes": each, "attrs": h5.attrs_of(f), "jpeg": [k for k in schema if h5.jpeg(first[k])],
                 "filters": {k: how for k in schema if (how := h5.filters(first[k]))}}
     acting = [k for k in schema if k == "actions" or k.startswith("actions/")]
     one = acting[0] if acting == ["actions"] else None
@@ -106,13 +104,13 @@ def _episodes(f: Any, names: list[str]) -> tuple[Schema, list[str], list[dict[st
         if "rewards" not in found:
             raise DataError(f"{f.filename}: {name} has no rewards, so its steps cannot be counted. Is it an episode?")
         n = len(found["rewards"])
-        rows: Schema = {k: _frame(d) for k, d in found.items() if (_jpeg(d) or h5.numbers(d)) and d.shape[:1] in ((n,), (n + 1,))}
+        rows: Schema = {k: h5.frame(d) for k, d in found.items() if (h5.jpeg(d) or h5.numbers(d)) and d.shape[:1] in ((n,), (n + 1,))}
         more = [k for k in rows if len(found[k]) == n + 1]
         schema, longer = schema or rows, longer if schema else more
         if (rows, more) != (schema, longer):
             mine, theirs = ({k: (*v, "and a last one" if k in m else "") for k, v in r.items()} for r, m in ((rows, more), (schema, longer)))
             raise h5.differs(f.filename, mine, name, theirs, names[0])
-        each.append({"final": {k: _rows(found[k], n, n + 1)[0] for k in more}, **h5.rest(f[name], found, rows)})
+        each.append({"final": {k: h5.rows(found[k], n, n + 1)[0] for k in more}, **h5.rest(f[name], found, rows)})
     return schema, longer, each
 
 
@@ -120,28 +118,7 @@ def _stream(file: Path, names: list[str], keys: list[str]) -> Iterator[Episode]:
     with h5.opened(file) as f:
         for name in names:
             n = len(f[name]["rewards"])
-            yield {k: _rows(f[name][k], 0, n) for k in keys}
-
-
-def _jpeg(dataset: Any) -> bool:
-    if h5.h5py().check_vlen_dtype(dataset.dtype) != np.uint8 and not (dataset.dtype == np.uint8 and dataset.ndim == 2):
-        return False
-    return len(dataset) > 0 and dataset[0][:3].tobytes() == JPEG
-
-
-def _frame(dataset: Any) -> tuple[tuple[int, ...], np.dtype]:
-    if not _jpeg(dataset):
-        return dataset.shape[1:], dataset.dtype
-    first = _rows(dataset, 0, 1)
-    return first.shape[1:], first.dtype
-
-
-def _rows(dataset: Any, lo: int, hi: int) -> np.ndarray:
-    if not _jpeg(dataset):
-        return dataset[lo:hi]
-    frames = [read_image(x.tobytes(), f"{dataset.file.filename}: frame {lo + i} of {dataset.name}") for i, x in enumerate(dataset[lo:hi])]
-    x = np.stack(frames)
-    return x[..., 0] if x.shape[-1] == 1 else x
+            yield {k: h5.rows(f[name][k], 0, n) for k in keys}
 
 
 def _named(origin: Origin) -> None:

@@ -33,7 +33,7 @@ def detects(path: Path) -> bool:
 
 
 def read(path: Path) -> Source:
-    files = sorted(path.glob("*.npz"), key=_natural) if path.is_dir() else [path]
+    files = sorted(path.glob("*.npz"), key=natural) if path.is_dir() else [path]
     if path.is_dir() and files:
         return _each_an_episode(path, files)
     with _Arrays(path) as arrays:
@@ -183,7 +183,7 @@ def _told(schema: Mapping[str, Any], key: str) -> str:
     return f"{schema[key][0]} {schema[key][1]}" if key in schema else "missing"
 
 
-def _natural(path: Path) -> list[Any]:
+def natural(path: Path) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 

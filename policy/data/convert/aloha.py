@@ -1,0 +1,73 @@
+"""ACT and ALOHA: a folder with one HDF5 file an episode, each with action, observations/qpos, observations/images/….
+
+Every dataset with one row an action is a key. Images that were compressed are decoded as OpenCV does, which gives back the colours that went in, and are
+written back as plain arrays. The files do not tell their rate: fps=… (ALOHA: 50).
+"""
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from policy.data.convert import h5
+from policy.data.convert.back import Origin
+from policy.data.convert.npz import natural
+from policy.data.convert.source import Episode, Source
+from policy.data.semantics import Semantics
+from policy.data.store import Schema, Store
+
+ACTION, STATE = "action", "observations/qpos"
+
+
+def detects(path: Path) -> bool:
+    files = _files(path)
+    if not files or not h5.is_hdf5(files[0]):
+        return False
+    with h5.opened(files[0]) as f:
+        return isinstance(f.get(ACTION), h5.h5py().Dataset) and "observations" in f
+
+
+def read(path: Path) -> Source:
+    files = _files(path)
+    schema: Schema = {}
+    each, packed, how = [], set[str](), dict[str, dict]()
+    for file in files:
+        with h5.opened(file) as f:
+            found, n = dict(h5.leaves(f)), len(f[ACTION])
+            rows = {k: h5.frame(d) for k, d in found.items() if (h5.jpeg(d) or h5.numbers(d)) and d.shape[:1] == (n,)}
+            if not schema:
+                schema, how = rows, {k: x for k in rows if (x := h5.filters(f[k])) and not h5.jpeg(f[k])}
+            if rows != schema:
+                raise h5.differs(file.parent, rows, file.name, schema, files[0].name)
+            packed |= {k for k in rows if h5.jpeg(f[k])}
+            each.append({"file": file.name, **h5.rest(f, found, rows)})
+    meant = Semantics("absolute", "joint", of=STATE, text="target of qpos") if STATE in schema and schema[STATE][0] == schema[ACTION][0] else Semantics()
+    return Source(path, "aloha", schema, lambda: _stream(files, list(schema), packed), len(files), action=ACTION, semantics=meant,
+                  attrs={"task": path.name}, keep={"episodes": each, "filters": how, "jpeg": sorted(packed)})
+
+
+def write(store: Store, path: Path) -> list[str]:
+    """As it came; a store from elsewhere as observations/<key> and action, its images too."""
+    origin = Origin.of(store, "aloha", obs="observations/", action=ACTION)
+    packed = origin.keep.get("jpeg", [])
+    path.mkdir()
+    for i in range(store.episodes):
+        said = origin.of_episode(i)
+        with h5.h5py().File(path / said.get("file", f"episode_{i}.hdf5"), "w") as f:
+            for key, x in origin.episode(i).items():
+                f.create_dataset(key, data=x, **origin.keep.get("filters", {}).get(key, {}))
+            plain = {"attrs": {**said.get("attrs", {}), **({"compress": np.bool_(False)} if packed and "compress" in said.get("attrs", {}) else {})}}
+            arrays = {k: x for k, x in said.get("arrays", {}).items() if not (packed and k == "compress_len")}
+            h5.write_rest(f, {**said, "arrays": arrays, **plain})
+    return origin.notes + ([f"{', '.join(packed)}: JPEG in the source, plain arrays now"] if packed else [])
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted((p for p in path.iterdir() if p.suffix in (".hdf5", ".h5") and p.name != "demo.hdf5"), key=natural) if path.is_dir() else []
+
+
+def _stream(files: list[Path], keys: list[str], packed: set[str]) -> Iterator[Episode]:
+    for file in files:
+        with h5.opened(file) as f:
+            n = len(f[ACTION])
+            episode = {k: h5.rows(f[k], 0, n) for k in keys}
+            yield {k: np.ascontiguousarray(x[..., ::-1]) if k in packed and x.shape[-1] == 3 else x for k, x in episode.items()}
