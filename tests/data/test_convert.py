@@ -1,8 +1,10 @@
 """The core of convert: the mapping, the action, the rate, the way back, refusals. Formats have tests of their own."""
 import json
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy.data import DataError, Store
-from policy.data.convert import Rules, convert, detect, open_source
+from policy.data.convert import FORMATS, Rules, convert, detect, open_source
 from policy.data.convert.keep import dump, load, read_keep
 from policy.data.convert.mapping import kept, legal, stored_names
 from policy.data.convert.resample import resampled
@@ -292,3 +294,8 @@ def test_a_store_behind_a_url_converts(dataset, tmp_path):
     assert_same(Store.open(convert("memory://bucket/demo.zarr", tmp_path / "a.zarr", format="store").path), EPISODES)
     with pytest.raises(DataError, match=r"memory://bucket/demo.hdf5 is not a store of dipole.*Download it first"):
         convert("memory://bucket/demo.hdf5", tmp_path / "b.zarr", fps=1)
+
+
+def test_every_format_is_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) and set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(FORMATS)
