@@ -146,7 +146,8 @@ def motion(data: Data, key: str) -> str:
     drawn = []
     for c in range(min(width, CHANNELS)):
         x = data.sample(key).values[:, c]
-        bars = np.histogram(x[np.isfinite(x)], bins=BINS) if len(x) else (np.zeros(1), np.zeros(2))
+        x = x[np.isfinite(x)].astype(np.float64)
+        bars = np.histogram(x, BINS, padded([float(x.min()), float(x.max())])) if len(x) else (np.zeros(1), np.zeros(2))
         flag = "switch" if scales.few[c] and scales.moves[c] else "clock" if scales.clock[c] else "" if scales.moves[c] else "constant"
         span = flag or f"{number(float(bars[1][0]))} … {number(float(bars[1][-1]))}"
         drawn.append(f'<div class="card"><h3>{escape(data.label(key, c))}<small>{span}</small></h3>'

@@ -145,7 +145,8 @@ def brightest(look: Data, key: str, lo: int, steps: Sequence[int]) -> float:
     if look.schema[key][1] == np.uint8:
         return 255.0
     few = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, 6).astype(int))]
-    top = max(float(np.nanmax(look.store.read(key, lo + s, lo + s + 1))) for s in few)
+    seen = np.concatenate([look.store.read(key, lo + s, lo + s + 1).ravel() for s in few]).astype(np.float64)
+    top = float(seen[np.isfinite(seen)].max(initial=0))
     return 1.0 if top <= 1 else 255.0 if top <= 255 else top
 
 
@@ -155,5 +156,5 @@ def as_picture(x: NDArray[Any], top: float) -> NDArray[np.uint8]:
         x = x.reshape(-1, *x.shape[-2:])
     if x.ndim == 3 and x.shape[-1] > 4:
         x = np.moveaxis(x, 0, -1)
-    x = x if x.dtype == np.uint8 else (255 * np.nan_to_num(x.astype(np.float32)) / top).clip(0, 255).astype(np.uint8)
+    x = x if x.dtype == np.uint8 else (255 * (np.nan_to_num(x, posinf=top, neginf=0).astype(np.float64) / top)).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(x[..., 0] if x.ndim == 3 and x.shape[-1] < 3 else x[..., :3] if x.ndim == 3 else x)

@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from faults import FAULTS, clean
+from faults import FAULTS
+from recordings import clean
 
 from policy.data import Store
 from scripts.data_validate import told

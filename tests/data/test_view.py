@@ -6,7 +6,8 @@ import re
 
 import numpy as np
 import pytest
-from faults import FAULTS, Arrays, clean
+from faults import FAULTS
+from recordings import Arrays, clean
 
 from policy.data.checks.look import Data
 from policy.data.validate import check

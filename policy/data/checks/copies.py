@@ -36,15 +36,13 @@ def copies(data: Data) -> list[Finding]:
                                places=[Place(max(i, j), 0, int(data.lengths[max(i, j)]), text=f"as episode {min(i, j)}: {x:.2g} {unit}") for i, j, x in found],
                                why="Counted twice in training, it weighs twice; in both splits, the validation loss is that of the training data.",
                                fix=trim(data.path, f"drop=[{','.join(map(str, once))}]")))
-    return [*out, *leaks(data, [*same, *part, *near])]
+    leaking = leaks(data, [*same, *part, *near])
+    return [*out, *leaking, *(same_start(data) if not leaking else [])]
 
 
 def leaks(data: Data, found: list[Pair]) -> list[Finding]:
     """Copies on both sides of the split: train and val as TrajectoryDataset would make them."""
-    n = len(data.ends)
-    if n < 2 or not data.val_ratio:
-        return []
-    val = set(split_episodes(n, "val", val_ratio=data.val_ratio, seed=data.seed, max_episodes=None))
+    val = held_out(data)
     across = sorted({tuple(sorted((i, j), key=lambda e: e in val)) for i, j, _ in found if (i in val) != (j in val)})
     if not across:
         return []
@@ -53,6 +51,38 @@ def leaks(data: Data, found: list[Pair]) -> list[Finding]:
                     + some([f"{j} as {i}" for i, j in across], 6), places=[Place(j, 0, int(data.lengths[j]), text=f"as episode {i}") for i, j in across],
                     why="The validation loss cannot show overfitting: it is measured on what was learned by heart.",
                     fix="Drop the copies first; no split keeps them apart")]
+
+
+def held_out(data: Data) -> set[int]:
+    """Validation episodes, as TrajectoryDataset would choose them."""
+    n = len(data.ends)
+    return set(split_episodes(n, "val", val_ratio=data.val_ratio, seed=data.seed, max_episodes=None)) if n >= 2 and data.val_ratio else set()
+
+
+def same_start(data: Data) -> list[Finding]:
+    """Validation episodes that begin where a training episode begins, though starts differ as a rule."""
+    val = held_out(data)
+    train = np.array([e for e in range(len(data.ends)) if e not in val], np.int64)
+    keys = [key for key in data.keys("state") if (data.scales(key).moves & ~data.scales(key).few).any()]
+    if not val or len(train) < 3 or not keys:
+        return []
+    first = np.concatenate([along(data, key, np.arange(len(data.ends)), 1) for key in keys], axis=1)
+    sample = train[np.linspace(0, len(train) - 1, min(len(train), 256)).astype(int)]
+    usual = float(np.median([nearest(first, e, train[train != e])[1] for e in sample]))
+    found = [(e, *nearest(first, e, train)) for e in sorted(val)]
+    same = [(e, other) for e, other, far in found if far < CLOSE * usual and usual > CLOSE]
+    if not same:
+        return []
+    return [finding("note", "same_start", f"{len(same)} of {len(val)} validation episodes begin where a training episode does: "
+                    + some([f"{e} as {other}" for e, other in same], 6), places=[Place(e, 0, 1, text=f"as episode {other}") for e, other in same],
+                    why="The validation loss says little of new starts: the policy has seen how this one went on.",
+                    fix="Another seed of the split, data.seed=…; or record from other starts")]
+
+
+def nearest(first: NDArray[np.float64], e: int, others: NDArray[np.int64]) -> tuple[int, float]:
+    """Which of the others is closest to row e, and how far: root mean square, in spreads."""
+    d = np.sqrt(((first[others] - first[e]) ** 2).mean(axis=1))
+    return int(others[d.argmin()]), float(d.min())
 
 
 def repeated(data: Data) -> list[Pair]:
@@ -117,11 +147,11 @@ def alike(data: Data) -> list[Pair]:
     return sorted((i, j, x) for (i, j), x in found.items())
 
 
-def along(data: Data, key: str, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(len(chosen), POINTS * c): the frames at even places along each episode."""
+def along(data: Data, key: str, chosen: NDArray[np.int64], points: int = POINTS) -> NDArray[np.float64]:
+    """(len(chosen), points * c): the frames at even places along each episode, from its first."""
     scales = data.scales(key)
     use = np.flatnonzero(scales.moves & ~scales.few)
-    frames = data.starts[chosen, None] + np.round(np.linspace(0, 1, POINTS) * (np.maximum(data.lengths[chosen, None], 1) - 1)).astype(np.int64)
+    frames = data.starts[chosen, None] + np.round(np.linspace(0, 1, points) * (np.maximum(data.lengths[chosen, None], 1) - 1)).astype(np.int64)
     out = np.zeros((frames.size, len(use)))
     for block in data.blocks(key):
         inside = np.flatnonzero((frames.ravel() >= block.lo) & (frames.ravel() < block.lo + len(block.values)))

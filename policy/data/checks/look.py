@@ -100,7 +100,7 @@ class Data:
         self.store, self.horizon, self.val_ratio, self.seed, self.image_bytes = store, horizon, val_ratio, seed, image_bytes
         self.chunks, self.looked = dict(chunks or {}), {}  # type: dict[str, int], dict[str, float]
         self.path, self.schema, attrs = called or store.path, dict(store.schema), store.attrs
-        self.action = action if action in self.schema else "actions" if "actions" in self.schema else ""
+        self.action = next((key for key in (action, "actions") if key in self.schema and self.schema[key][1].kind in "biuf"), "")
         self.ends = np.asarray(store.episode_ends, np.int64)
         self.lengths = np.diff(self.ends, prepend=0)
         self.starts = self.ends - self.lengths

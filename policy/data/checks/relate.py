@@ -75,6 +75,8 @@ def rates(data: Data, key: str) -> NDArray[np.bool_]:
 def pulses(data: Data, key: str) -> NDArray[np.bool_]:
     """(c,): channels that are 0 most of the time and go to both sides of it, as an object's velocity does."""
     x, scales = data.sample(key).values, data.scales(key)
+    if not len(x):
+        return np.zeros(data.width(key), bool)
     return (np.abs(x) < 0.01 * scales.range).mean(axis=0) * (scales.lo < -0.1 * scales.range) * (scales.hi > 0.1 * scales.range) > 0.5
 
 
