@@ -128,6 +128,15 @@ def test_a_clock_within_a_state_is_known_by_its_pace(spotless):
     assert (gap.where, str(gap.places[0])) == ("states[0]", "episode 16, step 55 (+9.01 steps)")
 
 
+def test_a_part_of_the_windows_finds_the_same_copies(spotless, monkeypatch):
+    data = spotless.copy()
+    duplicate(data)
+    monkeypatch.setattr("policy.data.checks.copies.WINDOWS", 1000)
+    monkeypatch.setattr("policy.data.checks.copies.STEP", 333)
+    copy, = check(data).findings
+    assert (copy.code, str(copy.places[0])) == ("duplicate", "episode 24, steps 0 to 159 (as episode 1: 1 of it)")
+
+
 def test_blocks_make_no_difference(spotless, monkeypatch):
     """Episodes longer than a block are cut; what is on the cut is seen once."""
     data = spotless.copy()

@@ -10,6 +10,8 @@ from policy.data.split import split_episodes
 from policy.page import counted
 
 WINDOW = 4        # frames that must agree one after the other
+LEAST = 8         # windows
+WINDOWS, STEP = 4_000_000, 2**19  # compared at most, and looked at at once
 SAME = 0.95       # share of an episode's moving windows that are in another one: the same recording
 PART = 0.2        # of a part: cut twice out of one recording
 POINTS = 12       # places along an episode that near copies are compared at
@@ -106,22 +108,30 @@ def repeated(data: Data) -> list[Pair]:
 
 
 def shared(data: Data, hashed: NDArray[np.uint64], moving: NDArray[np.bool_]) -> list[Pair]:
-    """Pairs of episodes by the windows they have in common; windows in which nothing moves do not count, nor those that many episodes begin with."""
-    n, window = data.frames - WINDOW + 1, np.zeros(0, np.uint64)
-    if n < 1:
+    """Pairs of episodes by the windows they have in common. Windows in which nothing moves do not count, nor those longer than their episode.
+
+    Of a dataset of more than WINDOWS frames a part of the windows is looked at, chosen by what is in them: the same ones in every copy.
+    """
+    every, parts, episodes = np.uint64(1 + data.frames // WINDOWS), [], []
+    for lo in range(0, data.frames - WINDOW + 1, STEP):
+        n = min(STEP, data.frames - WINDOW + 1 - lo)
+        window = np.zeros(n, np.uint64)
+        for i in range(WINDOW):
+            window += hashed[lo + i:lo + i + n] * np.uint64(2654435761 ** (i + 1) % 2**64 | 1)
+        episode = np.searchsorted(data.ends, np.arange(lo, lo + n + WINDOW - 1), side="right")
+        use = (episode[:n] == episode[WINDOW - 1:]) & np.logical_or.reduce([moving[lo + i:lo + i + n] for i in range(1, WINDOW)])
+        use &= (window >> np.uint64(32)) % every == 0
+        parts.append(window[use])
+        episodes.append(episode[:n][use].astype(np.int32))
+    if not parts:
         return []
-    window = sum((hashed[i:i + n] * np.uint64(2654435761 ** (i + 1) % 2**64 | 1) for i in range(WINDOW)), np.zeros(n, np.uint64))
-    episode = np.searchsorted(data.ends, np.arange(data.frames), side="right")
-    whole = (episode[:n] == episode[WINDOW - 1:]) & np.logical_or.reduce([moving[i:i + n] for i in range(1, WINDOW)])
-    at = np.flatnonzero(whole)
-    order = at[np.argsort(window[at], kind="stable")]
-    again = np.flatnonzero(window[order[1:]] == window[order[:-1]]) + 1
-    count: Counter[tuple[int, int]] = Counter()
-    for a, b in zip(episode[order[again - 1]].tolist(), episode[order[again]].tolist(), strict=True):
-        if a != b:
-            count[a, b] += 1
-    total = np.bincount(episode[at], minlength=len(data.ends))
-    return sorted((a, b, c / max(1, min(total[a], total[b]))) for (a, b), c in count.items() if c / max(1, min(total[a], total[b])) >= PART and c >= 8)
+    windows, of = np.concatenate(parts), np.concatenate(episodes)
+    order = np.argsort(windows, kind="stable")
+    again = np.flatnonzero(windows[order[1:]] == windows[order[:-1]]) + 1
+    count = Counter((a, b) for a, b in zip(of[order[again - 1]].tolist(), of[order[again]].tolist(), strict=True) if a != b)
+    total, least = np.bincount(of, minlength=len(data.ends)), max(2, LEAST // int(every))
+    share = {(a, b): n / max(1, min(total[a], total[b])) for (a, b), n in count.items() if n >= least}
+    return sorted((a, b, float(x)) for (a, b), x in share.items() if x >= PART)
 
 
 def alike(data: Data) -> list[Pair]:
