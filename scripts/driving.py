@@ -11,13 +11,16 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
 
+from policy.data.semantics import Semantics
 from policy.serve.bridge import Bridge, Settings
 from policy.serve.card import Card
 from policy.serve.client import PlannerClient
 from policy.serve.execution import Execution
 from policy.serve.expect import Expect, WrongRobot
 from policy.serve.journal import Journal
+from policy.serve.recording import Recording
 from policy.serve.robot import DriverError, RobotSpec, RobotState
 from policy.serve.view import View
 from policy.train.log import bar, console
@@ -91,9 +94,34 @@ def opened(cfg: DictConfig, ended: Ended, folder: Path, delay: float = 0.0, **co
         safety = plain(cfg.safety)
         settings = Settings(**{**safety, "patience": math.inf if safety["patience"] is None else safety["patience"]})
         bridge = Bridge(driver, client, robot, execution_of(cfg, card, robot, control), obs=card.obs, history=card.t_obs, settings=settings, journal=journal)
+        if cfg.record:
+            bridge.watchers.append(stack.enter_context(kept(cfg, bridge, card)).watch)
         ended.moving = True
         bridge.connect()
         yield bridge, pid
+
+
+@contextmanager
+def kept(cfg: DictConfig, bridge: Bridge, card: Card) -> Iterator[Recording]:
+    """Recording into the dataset cfg.record, which is made or appended to."""
+    if cfg.record_only not in ("all", "success"):
+        raise ValueError(f"record_only={cfg.record_only!r} is unknown; use all or success")
+    try:
+        from policy.data.record import Recorder
+    except ImportError as e:
+        raise ImportError(f"record=… writes a zarr store and needs {e.name}: pip install 'dipole[deploy]'") from e
+    robot, dt = bridge.robot, bridge.execution.dt
+    action = Semantics("absolute", "joint", parts={"joints": tuple(range(robot.dof))}, text=f"where {', '.join(robot.joints)} are commanded to be a step later")
+    with Recorder(Path(cfg.record), fps=1 / dt, units={**card.units, "action": ", ".join(robot.units)}, action_semantics=action.text,
+                  attrs={"task": card.task, "robot": robot.name, "joints": list(robot.joints), "obs": list(bridge.obs), "policy": card.model_id,
+                         "action": action.to_json()}) as recorder:
+        recording = Recording(recorder, bridge, keep=won if cfg.record_only == "success" else lambda state: True)
+        try:
+            yield recording
+        finally:
+            if recording.trouble:
+                console.print(f"[yellow]not all was recorded[/]: {escape(recording.trouble)}", highlight=False, soft_wrap=True)
+    console.print(f"recorded: {recorder.path}, {recorder.episodes} episodes", highlight=False, soft_wrap=True)
 
 
 def execution_of(cfg: DictConfig, card: Card, robot: RobotSpec, control: dict[str, Any]) -> Execution:
@@ -120,8 +148,8 @@ def view(bridge: Bridge, cfg: DictConfig) -> Any:
     return View(bridge) if cfg.view and console.is_terminal else nullcontext()
 
 
-def won(state: RobotState) -> bool:
-    return bool(state.info.get("success"))
+def won(state: RobotState | None) -> bool:
+    return state is not None and bool(state.info.get("success"))
 
 
 def episodes(bridge: Bridge, cfg: DictConfig, seeds: Sequence[int], ended: Ended, on_done: Any = lambda rows: None) -> tuple[list[dict[str, Any]], str]:

@@ -43,10 +43,9 @@ class Recorder:
         self._store = self._opened() if self.path.exists() else None
         self._lock = self._locked() if self._store is not None else None
         self._block: list[dict[str, np.ndarray]] = []
-        self._bytes, self._waiting, self.frames = 0, 0, 0  # of the block, handed to the thread, of the running episode
+        self._bytes, self._waiting, self.frames, self._attempt = 0, 0, 0, 0  # of the block, handed to the thread, of the running episode; cancelled ones
         self._count = threading.Lock()
-        self._todo: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()  # ("write", frames), or what to do then and whom to tell
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
@@ -74,21 +73,30 @@ class Recorder:
         if self._bytes >= BLOCK_BYTES:
             self._hand_over()
 
-    def end(self) -> int:
-        """The frames added since the last end are an episode, on disk when this returns; its number. DataError when there are none."""
+    def end(self, *, wait: bool = True) -> None:
+        """The frames added since the last end are an episode, on disk when this returns. DataError when there are none, or the disk refuses.
+
+        wait: False returns at once, for a loop that must go on; what the disk refuses is then told by the next call.
+        """
         self._complain()
         if not self.frames:
             raise DataError(f"{self.path}: an episode needs at least one frame, none was added")
         self._hand_over()
         self.frames = 0
-        self._ask("commit")
-        return self.episodes - 1
+        if not wait:
+            self._todo.put(("commit", None))
+            return
+        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._todo.put(("commit", done))
+        if (error := self._answer(done)) is not None:
+            self._error = None
+            raise self._lost(error) from error
 
     def cancel(self) -> None:
-        """Forget the frames added since the last end."""
+        """Forget the frames added since the last end. Returns at once."""
         self._block, self._bytes, self.frames = [], 0, 0
-        if self._thread is not None and self._thread.is_alive():
-            self._ask("discard")
+        self._attempt += 1  # what waits for the disk need not be written any more
+        self._todo.put(("discard", None))
 
     def extend(self, episodes: Iterable[Mapping[str, np.ndarray]]) -> None:
         """Whole ones {key: (n, *shape)} at once, several in about the time of one."""
@@ -100,11 +108,16 @@ class Recorder:
                 raise DataError(f"{self.path}: an episode needs the same number of frames (at least 1) in every key, got {lengths}")
             self._open({key: x[0] for key, x in episode.items()})
             ready.append({key: self._cast(key, x, (len(x), *self._schema_of(key)[0])) for key, x in episode.items()})
+        if self._thread is not None:  # it may still be at what came before
+            done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+            self._todo.put(("discard", done))
+            self._answer(done)
+            self._complain()
         if self._store is not None:
             self._store.extend(ready)
 
     def close(self) -> None:
-        """Stop the thread; an episode that was not ended is forgotten, as if the process had died."""
+        """Stop the thread when all is written; an episode that was not ended is forgotten, as if the process had died."""
         if self._thread is not None:
             self._todo.put(("stop", None))
             self._thread.join()
@@ -113,6 +126,9 @@ class Recorder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise self._lost(error) from error
 
     def __enter__(self) -> "Recorder":
         return self
@@ -125,57 +141,49 @@ class Recorder:
         if self._block:
             with self._count:
                 self._waiting += self._bytes
-            self._todo.put(("write", self._block))
+            self._todo.put(("write", (self._attempt, self._block)))
             self._block, self._bytes = [], 0
 
-    def _ask(self, what: str) -> None:
-        """Have the thread do it after all that it was handed before, and wait. Raises what it raised."""
-        assert self._thread is not None
-        self._todo.put((what, None))
+    def _answer(self, done: queue.SimpleQueue[Exception | None]) -> Exception | None:
+        """What the thread says when it is that far."""
         while True:
             try:
-                error = self._done.get(timeout=WAIT)
-                break
+                return done.get(timeout=WAIT)
             except queue.Empty:
-                if not self._thread.is_alive():
-                    raise DataError(f"{self.path}: the recording thread died. Start a new Recorder; complete episodes are kept") from None
-        if error is not None:
-            self._error = None
-            raise self._lost(error) from error
+                if self._thread is None or not self._thread.is_alive():
+                    return RuntimeError("the recording thread died: start a new Recorder")
 
     def _complain(self) -> None:
         if (error := self._error) is not None:
+            self._error = None
             self.cancel()
             raise self._lost(error) from error
 
     def _lost(self, error: Exception) -> DataError:
-        return DataError(f"{self.path}: this episode could not be written ({error}). It is lost, the ones before are kept")
+        return DataError(f"{self.path}: an episode could not be written ({error}). It is lost, the ones before are kept")
 
     def _write(self) -> None:
         store = self._store
         assert store is not None
         failed: Exception | None = None
         while (job := self._todo.get())[0] != "stop":
-            what, block = job
+            what, told = job
+            attempt, frames = told if what == "write" else (0, [])
             try:
-                if what == "discard":
-                    store.discard()
-                    failed = self._error = None
-                elif failed is None and what == "write":
-                    store.write({key: np.stack([frame[key] for frame in block]) for key in block[0]})
-                elif failed is None:
+                if what == "write" and failed is None and attempt == self._attempt:
+                    store.write({key: np.stack([frame[key] for frame in frames]) for key in frames[0]})
+                elif what == "commit" and failed is None:
                     store.commit()
-            except Exception as e:  # told to whoever records, with the next frame
+            except Exception as e:  # told to whoever records, by the next call
                 failed = self._error = e
             if what == "write":
                 with self._count:
-                    self._waiting -= sum(x.nbytes for frame in block for x in frame.values())
-            else:
-                if failed is not None:
-                    store.discard()
-                self._done.put(failed)
-                failed = None
-        store.discard()
+                    self._waiting -= sum(x.nbytes for frame in frames for x in frame.values())
+                continue
+            if told is not None:
+                told.put(failed)
+            store.discard()
+            failed = None
 
     # ------------------------------------------------------------ the dataset
     def _opened(self) -> Store:

@@ -73,7 +73,7 @@ class Bridge:
         self.supervisor = Supervisor(patience=self.settings.patience, hold=self.settings.hold)
         self.history, self.epoch, self.asked, self.rejected, self.behind, self.answered = history, 0, -math.inf, 0, 0, True
         self.sent, self.still, self.last_refusal, self.was_lost, self.warned = math.nan, -math.inf, "", False, False
-        self.watch: Callable[[Bridge, float], None] | None = None  # told of every period and how late [s] it was: policy.serve.view
+        self.watchers: list[Callable[[Bridge, float], None]] = []  # told of every period and how late [s] it was: policy.serve.view, recording
         self.states: deque[tuple[RobotState, dict[str, np.ndarray]]] = deque(
             maxlen=int(robot.rate * (history * execution.dt + 1)) + 8)
         self.counts: Counter[str] = Counter()
@@ -123,8 +123,8 @@ class Bridge:
                 if last == math.inf and (deadline - start >= seconds or (self.state is not None and until(self.state))):
                     last = deadline + len(self.limiter.tail().q) / self.driver.rate + SETTLE
                 self.tick(deadline, late, ending=last < math.inf)
-                if self.watch is not None:
-                    self.watch(self, late)
+                for watch in self.watchers:
+                    watch(self, late)
                 if (count := count + 1) % max(1, round(TIDY * self.robot.rate)) == 0:
                     realtime.tidy(deadline + self.period)
                 if self.supervisor.mode is Mode.STOP or (last < math.inf and self._stands(deadline)):

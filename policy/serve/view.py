@@ -40,12 +40,12 @@ class View:
         self.process = subprocess.Popen([sys.executable, "-m", "policy.serve.view"], stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
         assert self.process.stdin is not None
         os.set_blocking(self.process.stdin.fileno(), False)
-        self.bridge.watch = self.show
+        self.bridge.watchers.append(self.show)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self.process is not None and self.process.stdin is not None
-        self.bridge.watch = None
+        self._let_go()
         self.process.stdin.close()
         try:
             self.process.wait(1)
@@ -68,7 +68,10 @@ class View:
         except BlockingIOError:
             pass
         except OSError:  # it is gone
-            bridge.watch = None
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self.bridge.watchers = [w for w in self.bridge.watchers if w != self.show]
 
 
 def facts(b: "Bridge") -> dict[str, Any]:

@@ -27,7 +27,8 @@ def test_what_is_recorded_is_what_was_added(tmp_path, small_blocks):
     with Recorder(path, fps=10, schema=SCHEMA, units={"pose": "m"}, action_semantics="velocity", attrs={"task": "t"}) as recorder:
         for i, episode in enumerate(EPISODES[:2]):
             add_all(recorder, episode)
-            assert recorder.end() == i
+            recorder.end()
+            assert recorder.episodes == i + 1
         add_all(recorder, make_episode(9, 40))
         recorder.cancel()
         recorder.extend([EPISODES[2]])
@@ -40,8 +41,10 @@ def test_what_is_recorded_is_what_was_added(tmp_path, small_blocks):
     with Recorder(path, fps=10) as recorder:
         assert recorder.episodes == 4
         add_all(recorder, make_episode(4, 11))
-        assert recorder.end() == 4
-    assert_same(Store.open(path), [*EPISODES, make_episode(4, 11)])
+        recorder.end(wait=False)
+        add_all(recorder, make_episode(5, 11))
+        recorder.end(wait=False)
+    assert_same(Store.open(path), [*EPISODES, make_episode(4, 11), make_episode(5, 11)])
 
 
 def test_the_schema_is_that_of_the_first_frame_and_frames_are_copied(tmp_path):
@@ -119,10 +122,22 @@ def test_a_full_disk_loses_the_episode_and_says_so_and_the_next_one_is_kept(tmp_
         with pytest.raises(DataError, match=r"No space left.*ones before are kept"):
             add_all(recorder, make_episode(1, 3))
             recorder.end()
+        add_all(recorder, make_episode(1, 3))
+        recorder.end(wait=False)
+        time.sleep(0.3)
+        with pytest.raises(DataError, match="No space left"):
+            recorder.add({key: x[0] for key, x in make_episode(1, 3).items()})
         monkeypatch.setattr(local, "_put", real)
         add_all(recorder, make_episode(2, 30))
-        assert recorder.end() == 1
+        recorder.end()
+        assert recorder.episodes == 2
     assert_same(Store.open(tmp_path / "d.zarr"), [EPISODES[0], make_episode(2, 30)])
+    recorder = Recorder(tmp_path / "d.zarr", fps=10)
+    monkeypatch.setattr(local, "_put", full)
+    add_all(recorder, make_episode(1, 3))
+    recorder.end(wait=False)
+    with pytest.raises(DataError, match="No space left"):
+        recorder.close()
 
 
 def test_a_disk_that_is_too_slow_is_an_error_not_an_empty_memory(tmp_path, small_blocks, monkeypatch):
@@ -137,6 +152,9 @@ def test_a_disk_that_is_too_slow_is_an_error_not_an_empty_memory(tmp_path, small
         with pytest.raises(DataError, match=r"the disk is slower.*memory="):
             add_all(recorder, make_episode(1, 300))
         monkeypatch.setattr(local, "_put", real)
+        until = time.monotonic() + 20
+        while recorder._waiting and time.monotonic() < until:
+            time.sleep(0.01)
         add_all(recorder, make_episode(2, 5))
         recorder.end()
     assert_same(Store.open(tmp_path / "d.zarr"), [EPISODES[0], make_episode(2, 5)])

@@ -85,12 +85,12 @@ def test_a_view_that_hangs_or_dies_costs_the_loop_no_time():
             start = time.perf_counter()
             view.show(rig.bridge, 1e-4)
             slowest = max(slowest, time.perf_counter() - start)
-        assert slowest < 0.1 and view._left and rig.bridge.watch is not None  # what did not fit is left out, what was begun is kept
+        assert slowest < 0.1 and view._left and rig.bridge.watchers  # what did not fit is left out, what was begun is kept
         view.process.kill()
         view.process.wait()
         for _ in range(2):
             view.show(rig.bridge, 1e-4)
-        assert rig.bridge.watch is None
+        assert not rig.bridge.watchers
     with View(rig.bridge) as view:
         view.process.send_signal(signal.SIGSTOP)
         start = time.monotonic()
