@@ -3,6 +3,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,16 @@ def demo(cfg: DictConfig) -> dict[str, Any]:
     wins, planner = sum(r["success"] for r in rows), bridge.client.card.model_id  # type: ignore[attr-defined]
     facts |= {"model_id": planner, "episodes": rows, "merge": bridge.execution.merge, "delay": cfg.delay, "ended": ended.name, "trouble": trouble}
     page = deploy_page.write(folder, facts, bridge.journal, bridge.robot, cfg.robot)
-    for row in rows:
-        if "stop" in row:
-            console.print(f"[yellow]seed {row['seed']}: STOP, {escape(row['stop'])}; re-armed for the next[/]", highlight=False, soft_wrap=True)
+    warn(bridge, [f"seed {row['seed']}: STOP, {row['stop']}; re-armed for the next" for row in rows if "stop" in row])
     console.print(f"[bold]{wins} of {counted(len(rows), 'episode')} succeeded{deploy_page.pace(facts)}[/]\nreport: {page}", highlight=False, soft_wrap=True)
     over(ended, trouble, page)
     return {"folder": str(folder), "success": wins / len(rows)}
+
+
+def warn(bridge: Bridge, said: Sequence[str] = ()) -> None:
+    """What people should know of a run, once it is over: beside it the view would be torn."""
+    for line in [*said, *(e["why"] for e in bridge.journal.events if e["event"] in ("slow", "moving", "unwritten"))]:
+        console.print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -137,6 +142,7 @@ def drive(cfg: DictConfig) -> dict[str, Any]:
     page = deploy_page.write(folder, facts, bridge.journal, bridge.robot, cfg.robot)
     stopped = bridge.supervisor.mode == "STOP"
     said = f"STOP: {bridge.supervisor.reason}" if stopped else "at rest, the run is over"
+    warn(bridge)
     console.print(f"[bold]{escape(said)}[/]\nreport: {page}", highlight=False, soft_wrap=True)
     if stopped:
         raise SystemExit(1)

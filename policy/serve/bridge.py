@@ -74,8 +74,7 @@ class Bridge:
         self.history, self.epoch, self.asked, self.rejected, self.behind, self.answered = history, 0, -math.inf, 0, 0, True
         self.sent, self.still, self.last_refusal, self.was_lost, self.warned = math.nan, -math.inf, "", False, False
         self.watchers: list[Callable[[Bridge, float], None]] = []  # told of every period and how late [s] it was: policy.serve.view, recording
-        self.states: deque[tuple[RobotState, dict[str, np.ndarray]]] = deque(
-            maxlen=int(robot.rate * (history * execution.dt + 1)) + 8)
+        self.states: deque[tuple[RobotState, dict[str, np.ndarray]]] = deque(maxlen=int(robot.rate * (history * execution.dt + 1)) + 8)
         self.counts: Counter[str] = Counter()
         self.state: RobotState | None = None
 
@@ -202,11 +201,9 @@ class Bridge:
         self.rejected = 0
         seam = self.execution.accept(chunk, first, self.limiter.q)
         self.counts["chunks"] += 1
-        e = self.execution
-        if not self.warned and len(e.delays) >= 3 and (needed := e.execute * e.dt + 2 * max(e.delays)) > (e.horizon - 1 + e.knot) * e.dt:
+        if not self.warned and (why := self.execution.too_slow):
             self.warned = True
-            self._say("slow", why=f"plans of {e.horizon * e.dt:.2f} s do not last for {e.execute} actions and twice the delay of {max(e.delays):.2f} s, "
-                                  f"{needed:.2f} s in all: execute fewer, plan in fewer steps (sampler.steps), or train with a longer horizon")
+            self._say("slow", why=why)
         self.journal.chunk(chunk, first, seam, self.execution)
 
     def _ask(self, now: float) -> None:

@@ -152,6 +152,15 @@ class Execution:
         self.promises[round(t_obs, 6)] = t_obs + delay
         return ahead[0, :p], committed
 
+    @property
+    def too_slow(self) -> str:
+        """Why plans end before the next ones come, '' where they last."""
+        needed = self.execute * self.dt + 2 * max(self.delays, default=0.0)
+        if len(self.delays) < 3 or needed <= (self.horizon - 1 + self.knot) * self.dt:
+            return ""
+        return (f"plans of {self.horizon * self.dt:.2f} s do not last for {self.execute} actions and twice the delay of {max(self.delays):.2f} s, {needed:.2f} s "
+                "in all: execute fewer, plan in fewer steps (sampler.steps), or train with a longer horizon")
+
     def due(self, now: float) -> bool:
         """Whether it is time to plan from a new observation."""
         newest = self.next or self.now

@@ -1,9 +1,10 @@
-"""A planner server gone bad, in a process of its own: python -m tests.serve.evil_server FAULT FROM TO CARD
+"""A planner server gone bad, in a process of its own: python -m tests.serve.evil_server FAULT FROM TO CARD [PORT]
 
-It plans a gentle wave around wherever the robot is, except from FROM to TO seconds after the first observation, when it does what FAULT says.
-Prints its port. Not a client of policy.serve.server: that one would refuse to send most of this.
+It dances (tests.serve.dance), except from FROM to TO seconds after the first observation, when it does what FAULT says, of
+several, a+b, one after the other. Prints its port. Not a client of policy.serve.server: that one would refuse to send most of this.
 """
 import asyncio
+import itertools
 import json
 import os
 import sys
@@ -15,31 +16,17 @@ from websockets.asyncio.server import serve
 
 from policy.serve import wire
 from policy.serve.card import Card
+from tests.serve.dance import goal, plan
 
-FAULT, FROM, TO = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+FAULTS, FROM, TO = sys.argv[1].split("+"), float(sys.argv[2]), float(sys.argv[3])
 CARD = Card.from_json(json.loads(sys.argv[4]))
-Q = [name for name in CARD.facts["q"]]  # observation keys that, joined, are the joints
 RNG = np.random.default_rng(0)
 first: list[float] = []
+turn = itertools.count()
 
 
-def wave(t: np.ndarray) -> np.ndarray:
-    j = np.arange(CARD.action_dim)
-    return np.array(CARD.facts["amplitude"]) * np.sin(1.2 * t[:, None] + j)
-
-
-def plan(obs: dict, now: float) -> np.ndarray:
-    q = np.concatenate([obs[k][-1] * s for k, s in zip(Q, CARD.facts["scale"], strict=True)])
-    x, rows = q.copy(), []
-    for t in now + CARD.dt * np.arange(1, CARD.horizon + 1):
-        goal = np.array(CARD.facts["home"]) + wave(np.array([t]))[0]
-        x = x + np.clip(0.3 * (goal - x), -0.02, 0.02)
-        rows.append(x)
-    return np.array(rows)
-
-
-def spoiled(a: np.ndarray) -> np.ndarray:
-    match FAULT:
+def spoiled(a: np.ndarray, fault: str) -> np.ndarray:
+    match fault:
         case "nan":
             a[5, 0] = np.nan
         case "inf":
@@ -64,17 +51,17 @@ async def answer(ws, data: bytes) -> None:
     if not first:
         first.append(now)
     bad = FROM <= now - first[0] < TO
-    a = plan(got.obs, now)
-    if FAULT == "clock":  # no fault: where to be is a matter of time, and planning takes its own
-        a = np.array(CARD.facts["home"]) + wave(got.t_obs / 1e9 + CARD.dt * np.arange(1, CARD.horizon + 1))
+    a = plan(CARD, got.obs, now)
+    if FAULTS == ["clock"]:  # no fault: where to be is a matter of time, and planning takes its own
+        a = goal(CARD, got.t_obs / 1e9 + CARD.dt * np.arange(1, CARD.horizon + 1))
         await asyncio.sleep(0.12)
     good = wire.pack(wire.Planned(got.seq, got.epoch, got.t_obs, CARD.dt, a.astype("<f4"), 1.0, 0.0, CARD.model_id))
     if not bad:
         return await ws.send(good)
-    body = msgpack.unpackb(good)
-    x = spoiled(a).astype("<f4")
+    body, fault = msgpack.unpackb(good), FAULTS[next(turn) % len(FAULTS)]
+    x = spoiled(a, fault).astype("<f4")
     body["actions"] = {"dtype": "<f4", "shape": list(x.shape), "data": x.tobytes()}
-    match FAULT:
+    match fault:
         case "stall":
             await asyncio.sleep(max(0.0, TO - (now - first[0])))
         case "blocked":
@@ -117,11 +104,11 @@ def mutated(data: bytes) -> bytes:
 async def talk(ws) -> None:
     await ws.send(wire.pack(wire.Hello(CARD, 4 << 20)))
     async for data in ws:
-        asyncio.get_running_loop().create_task(answer(ws, data)) if FAULT == "stall" else await answer(ws, data)
+        asyncio.get_running_loop().create_task(answer(ws, data)) if FAULTS == ["stall"] else await answer(ws, data)
 
 
 async def main() -> None:
-    async with serve(talk, "127.0.0.1", int(os.environ.get("PORT", "0")), compression=None) as server:
+    async with serve(talk, "127.0.0.1", int(sys.argv[5]) if len(sys.argv) > 5 else 0, compression=None) as server:
         print(next(iter(server.sockets)).getsockname()[1], flush=True)
         await server.serve_forever()
 
