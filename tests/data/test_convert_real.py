@@ -1,4 +1,4 @@
-"""Every real dataset at hand converts, comes back bit for bit, and (slow) trains from the command line."""
+"""Every real dataset at hand converts, comes back bit for bit, and (slow) is validated and trains from the command line."""
 import json
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from h5_same import assert_same_hdf5
 from real_sets import ARRAYS, BAXTER, OTHERS, PUSHT, ROBOSUITE, Real
 
 from policy.data import Store
-from policy.data.convert import FORMATS, convert
+from policy.data.convert import convert
 from policy.data.semantics import Semantics
 
 pytestmark = pytest.mark.data
@@ -94,12 +94,11 @@ def text(value) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("real", [*ARRAYS, *ROBOSUITE, *OTHERS, PUSHT], ids=named)
-def test_every_dataset_converts_and_trains(real, tmp_path):
-    if real.format not in FORMATS:
-        pytest.skip(f"{real.format} is not a format yet")
+def test_every_dataset_converts_validates_and_trains(real, tmp_path):
     src, store = real.find(), tmp_path / "a.zarr"
     said = shell("data", "convert", f"src={src}", f"dst={store}", *(f"{k}={text(v)}" for k, v in real.say.items()))
     assert f"{real.episodes} episode" in said.splitlines()[-1] and said.splitlines()[-1].endswith(f"-> {store}")
+    assert "0 errors" in shell("data", "validate", f"path={store}")
     trained = shell("train", "recipe=own", f"data.path={store}", f"run={tmp_path / 'run'}", "train.steps=200", "train.log=50", "log.wandb=disabled",
                     "net.widths=[32,64]", "train.batch=32")
     assert "trained 200 steps" in trained
