@@ -1,6 +1,7 @@
 """The core of convert: the mapping, the action, the rate, the way back, refusals. Formats have tests of their own."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from policy.data import DataError, Store
 from policy.data.convert import FORMATS, Rules, convert, detect, open_source
-from policy.data.convert.keep import dump, load, read_keep
+from policy.data.convert.keep import dump, load, read_keep, write_keep
 from policy.data.convert.mapping import kept, legal, stored_names
 from policy.data.convert.resample import resampled
 from policy.data.semantics import Semantics
@@ -294,6 +295,29 @@ def test_a_store_behind_a_url_converts(dataset, tmp_path):
     assert_same(Store.open(convert("memory://bucket/demo.zarr", tmp_path / "a.zarr", format="store").path), EPISODES)
     with pytest.raises(DataError, match=r"memory://bucket/demo.hdf5 is not a store of dipole.*Download it first"):
         convert("memory://bucket/demo.hdf5", tmp_path / "b.zarr", fps=1)
+
+
+@pytest.mark.parametrize("name", ["../out.npz", "/tmp/out.npz", ".hidden", "a/b.npz"])
+def test_a_strangers_store_writes_no_file_elsewhere(tmp_path, name):
+    (tmp_path / "demos").mkdir()
+    np.savez(tmp_path / "demos/a.npz", action=np.zeros((3, 2)))
+    store = convert(tmp_path / "demos", tmp_path / "a.zarr", fps=1).path
+    keep = read_keep(Store.open(store))
+    shutil.rmtree(store / "meta/source")
+    write_keep(store, {**keep, "episodes": [{"__file__": name}]})
+    with pytest.raises(DataError, match="is no plain name: it is not written"):
+        convert(store, tmp_path / "inner" / "back")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zarr", "demos", "inner"] and not list((tmp_path / "inner").iterdir())
+
+
+def test_actions_of_several_axes_are_flattened(tmp_path):
+    x = RNG.normal(size=(6, 2, 7))
+    np.savez(tmp_path / "a.npz", action=x, q=np.zeros((6, 3)))
+    store = Store.open(convert(tmp_path / "a.npz", tmp_path / "a.zarr", fps=1).path)
+    np.testing.assert_array_equal(store.read("action"), x.reshape(6, 14))
+    assert store.attrs["obs"] == {"q": "q"}
+    with np.load(convert(store.path, tmp_path / "b.npz").path) as back:
+        np.testing.assert_array_equal(back["action"], x)
 
 
 def test_every_format_is_in_the_documentation():

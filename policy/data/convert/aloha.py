@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from policy.data.convert import h5
-from policy.data.convert.back import Origin
+from policy.data.convert.back import Origin, inside
 from policy.data.convert.npz import natural
 from policy.data.convert.source import Episode, Source
 from policy.data.semantics import Semantics
@@ -52,7 +52,7 @@ def write(store: Store, path: Path) -> list[str]:
     path.mkdir()
     for i in range(store.episodes):
         said = origin.of_episode(i)
-        with h5.h5py().File(path / said.get("file", f"episode_{i}.hdf5"), "w") as f:
+        with h5.h5py().File(inside(path, said.get("file", f"episode_{i}.hdf5")), "w") as f:
             for key, x in origin.episode(i).items():
                 f.create_dataset(key, data=x, **origin.keep.get("filters", {}).get(key, {}))
             plain = {"attrs": {**said.get("attrs", {}), **({"compress": np.bool_(False)} if packed and "compress" in said.get("attrs", {}) else {})}}

@@ -2,6 +2,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from policy.data.convert.keep import read_keep
 from policy.data.convert.plan import NO_OBSERVATION
 from policy.data.convert.source import Episode
+from policy.data.files import DataError
 from policy.data.store import BLOCK_BYTES, Schema, Store
 
 
@@ -18,6 +20,14 @@ def observed(store: Store) -> list[str]:
     if said:
         return list(dict.fromkeys(s if isinstance(s, str) else s["key"] for s in (said.values() if isinstance(said, dict) else said)))
     return [k for k in store.keys if not NO_OBSERVATION.fullmatch(k)]
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """folder/name.   DataError when a store that a stranger made names a file elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+        raise DataError(f"what the store keeps of its source names a file {name!r}, which is no plain name: it is not written. "
+                        "Is the store from a source you trust?")
+    return folder / name
 
 
 @dataclass

@@ -13,6 +13,7 @@ from policy.data.files import DataError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
+DEEPEST = 16
 COMPRESSIONS = ("gzip", "lzf", "szip")
 
 
@@ -41,10 +42,13 @@ def opened(path: Path) -> Any:
 
 def leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(path below group, dataset) of every dataset, in the order of their names."""
+    if prefix.count("/") > DEEPEST:
+        raise DataError(f"{group.file.filename}: {group.name} is nested more than {DEEPEST} deep, or holds a link to itself. Remove that")
     for name in sorted(group):
-        item = group.get(name)
-        if item is None:
-            raise DataError(f"{group.file.filename}: {group.name}/{name} is a link to a file that is not there. Copy that too, or skip it")
+        item = None if isinstance(group.get(name, getlink=True), h5py().ExternalLink) else group.get(name)
+        if item is None or (isinstance(item, h5py().Dataset) and (item.external or item.is_virtual)):
+            raise DataError(f"{group.file.filename}: {group.name}/{name} lies in another file, or nowhere. Only what is in the file itself is read: "
+                            "copy it in with h5repack, or remove it")
         if isinstance(item, h5py().Group):
             yield from leaves(item, f"{prefix}{name}/")
         else:

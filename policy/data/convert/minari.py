@@ -71,7 +71,7 @@ def write(store: Store, path: Path) -> list[str]:
                 full = np.concatenate([x, np.asarray(last.get(key, x[-1]))[None]]) if key in longer else x
                 group.create_dataset(key, data=full, chunks=True, maxshape=(None, *full.shape[1:]), **origin.keep.get("filters", {}).get(key, {}))
             attrs = said.get("attrs", {"total_steps": np.int64(n), "id": np.int64(i)})
-            h5.write_rest(group, {**said, "attrs": attrs if attrs.get("id", i) == i else {**attrs, "id": np.int64(i)}})
+            h5.write_rest(group, {**said, "attrs": {**attrs, **{k: type(attrs[k])(v) for k, v in (("id", i), ("total_steps", n)) if k in attrs}}})
     (data / META).write_text(_metadata(origin), encoding="utf-8")
     notes = [f"{repeated} episodes have no last observation: their last is repeated"] if repeated else []
     return origin.notes + notes + ([f"{', '.join(jpeg)}: JPEG in the source, plain arrays now"] if (jpeg := origin.keep.get("jpeg")) else [])

@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from policy.data.convert.back import Origin
+from policy.data.convert.back import Origin, inside
 from policy.data.convert.source import Episode, Source
 from policy.data.files import DataError
 from policy.data.store import Store
@@ -58,7 +58,7 @@ def write(store: Store, path: Path) -> list[str]:
             name = extra.pop("__file__", f"episode_{i:06d}.npz")
             arrays = {**origin.episode(i), **extra}
             save = np.savez_compressed if origin.keep["deflated"] else np.savez
-            save(path / name, **{k: arrays[k] for k in origin.keep["order"] if k in arrays})
+            save(inside(path, name), **{k: arrays[k] for k in origin.keep["order"] if k in arrays})
         return origin.notes
     schema, small = {**origin.schema, **origin.empty}, _small(origin)
     order = [*(k for k in origin.keep.get("order", ()) if k in schema or k in small), *(k for k in [*schema, *small] if k not in origin.keep.get("order", ()))]
@@ -69,7 +69,7 @@ def write(store: Store, path: Path) -> list[str]:
         else:
             path.mkdir()
         for key in order:
-            with out.open(f"{key}.npy", "w", force_zip64=True) if layout == "npz" else open(path / f"{key}.npy", "wb") as f:
+            with out.open(f"{key}.npy", "w", force_zip64=True) if layout == "npz" else open(inside(path, f"{key}.npy"), "wb") as f:
                 if key in small:
                     npy.write_array(f, small[key], allow_pickle=False)
                     continue

@@ -43,7 +43,8 @@ class Plan:
         names = kept(source.schema, rules.skip)
         empty = {k: [list(s), np.dtype(d).str] for k, (s, d) in source.schema.items() if k in names and 0 in s}
         names = [k for k in names if k not in empty]
-        one = parts[0].key if len(parts) == 1 and parts[0].take is None and not parts[0].shift else None
+        alone = len(parts) == 1 and parts[0].take is None and not parts[0].shift and len(source.schema[parts[0].key][0]) < 2  # others are flattened
+        one = parts[0].key if alone else None
         stored = stored_names(names, rules.keys, one, reserved=["action"] if parts and not one else [])
         schema: Schema = {stored[k]: (tuple(source.schema[k][0]), np.dtype(source.schema[k][1]).newbyteorder("=")) for k in names}
         if parts and not one:

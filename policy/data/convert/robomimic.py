@@ -69,7 +69,9 @@ def write(store: Store, path: Path) -> list[str]:
             demo = data.create_group(name)
             for key, x in origin.episode(i).items():
                 demo.create_dataset(key, data=x, **how.get(key, {}))
-            h5.write_rest(demo, said or {"attrs": {"num_samples": np.int64(np.diff(store.span(i))[0])}})
+            attrs = said.get("attrs", {"num_samples": np.int64(0)})
+            counted = {"num_samples": type(attrs["num_samples"])(np.diff(store.span(i))[0])} if "num_samples" in attrs else {}
+            h5.write_rest(demo, {**said, "attrs": {**attrs, **counted}})
         for where, value in keep.get("arrays", {}).items():
             h5.write_whole(f, where, _remaining(value, names) if where.startswith("mask/") else value)
         for where, attrs in keep.get("attrs", {}).items():
