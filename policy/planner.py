@@ -6,7 +6,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from policy.data.normalize import Normalizer
+from policy.data.normalize import Normalizer, Rows
 from policy.data.transform import NOTHING, Transform
 from policy.diffusion.denoiser import Denoiser
 from policy.diffusion.guides import HARD, WITHOUT_GRADIENT, BestOf, Frame, Undefined, base, cfg, scores
@@ -121,13 +121,14 @@ class Planner(nn.Module):
 
     def loss(self, batch: Batch, progress: float = 0.0) -> Tensor:
         """Mean loss of each sample, (b,). progress in [0, 1]: how much of training is done."""
-        obs = self.encode_obs(batch.obs)
+        rows = self.normalizer.of(batch.source)
+        obs = self.encode_obs(batch.obs, rows)
         if self.training and self.obs_noise:
             obs = {k: v + self.obs_noise * torch.randn_like(v) for k, v in obs.items()}
         cond = self.encoder(obs)
         if self.training and self.cond_drop:
             cond = cond.drop(self.cond_drop)
-        x0 = self.encode_actions(batch.action, batch.obs, batch.valid)
+        x0 = self.encode_actions(batch.action, batch.obs, batch.valid, rows)
         weight = torch.ones_like(batch.valid) if self.padding_loss else batch.valid
         told: dict[str, Tensor] = {}
         if self.rtc:
@@ -150,15 +151,15 @@ class Planner(nn.Module):
                 raise ValueError(f"observation {key!r} must be (b, {self.spec.t_obs}, {', '.join(map(str, size))}), got {tuple(obs[key].shape)}")
         return self.encoder(self.encode_obs({k: obs[k] for k in self.spec.obs}))
 
-    def encode_obs(self, obs: Obs) -> Obs:
-        """Physical observations {key: (b, t_obs, *shape)} as the encoder sees them."""
-        return self.normalizer.encode(self.transform.encode_obs(obs))
+    def encode_obs(self, obs: Obs, normalizer: Normalizer | Rows | None = None) -> Obs:
+        """Physical observations {key: (b, t_obs, *shape)} as the encoder sees them.   normalizer: another than the planner's."""
+        return (normalizer or self.normalizer).encode(self.transform.encode_obs(obs))
 
     def decode_obs(self, obs: Obs) -> Obs:
         """The inverse of encode_obs."""
         return self.transform.decode_obs(self.normalizer.decode(obs))
 
-    def encode_actions(self, actions: Tensor, obs: Obs, valid: Tensor | None = None) -> Tensor:
+    def encode_actions(self, actions: Tensor, obs: Obs, valid: Tensor | None = None, normalizer: Normalizer | Rows | None = None) -> Tensor:
         """Physical actions (b,p,d), or (p,d) for every row, from now on under obs -> as the network sees them, (b,p,d'); p up to the horizon.
 
         valid: (b,p), see Batch.
@@ -166,7 +167,7 @@ class Planner(nn.Module):
         p = actions.shape[-2]
         if actions.ndim == 2:
             actions = actions.expand(len(next(iter(obs.values()))), -1, -1)
-        return self.normalizer.encode({"action": _whole(self.transform.encode(actions, obs, valid), self.size[0])})["action"][:, :p]
+        return (normalizer or self.normalizer).encode({"action": _whole(self.transform.encode(actions, obs, valid), self.size[0])})["action"][:, :p]
 
     def decode_actions(self, x: Tensor, obs: Obs) -> Tensor:
         """A chunk (b,t,d') of the network's as physical actions (b,t,d) under obs."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -16,8 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
 from policy.control import Controller
-from policy.data.store import Store
-from policy.data.windows import TrajectoryDataset
 from policy.episodes import Report, reason
 from policy.lanes import evaluate_in_lanes
 from policy.page import counted, save_json
@@ -26,13 +23,12 @@ from policy.report import write_report
 from policy.train import checkpoint
 from policy.train.log import bar, console
 from policy.types import Spec
-from scripts import films, sweep
+from scripts import datasets, films, sweep
 from scripts.recording import keeping, recorder
 from scripts.settings import command, key_of, overrides, plain, whole
 
 LEARNED = ("padding_loss", "obs_noise", "cond_drop", "normalize", "per_step", "transform", "t_obs", "horizon", "data", "train", "density", "formalism",
            "teacher")
-NOT_RECORDED = ("max_steps", "workers", "timeout", "meshes")  # settings that change nothing in what an expert shows
 PLANNER = ("encoder", "net", "schedule", "denoiser", "objective", "sampler")  # nodes that a checkpoint stores, with guide and padding_loss
 
 
@@ -111,41 +107,11 @@ def guide_config(cfg: DictConfig) -> dict[str, Any]:
     return node
 
 
-def dataset(cfg: DictConfig, split: str, device: torch.device) -> TrajectoryDataset:
-    if not Path(cfg.data.path).exists():
-        raise FileNotFoundError(f"there is no dataset {cfg.data.path}. Name one with data.path=…, or record one: dipole collect path={cfg.data.path}")
-    d = plain(cfg.data)
-    store, obs, action = Store.open(d.pop("path"), missing=d.pop("missing", "error")), d.pop("obs"), d.pop("action")
-    for about in ("fps", "semantics"):
-        d.pop(about, None)
-    return TrajectoryDataset(store, observed(store, obs, action), action, t_obs=cfg.t_obs, horizon=cfg.horizon, split=split, device=device, **d)
-
-
-def observed(store: Store, obs: dict[str, Any] | list[str] | None, action: str) -> dict[str, Any]:
-    """data.obs as {name: key or Field's arguments}; where it says nothing the store's attribute `obs`, else every key but the action."""
-    obs = obs or store.attrs.get("obs") or [k for k in store.keys if k != action]
-    return obs if isinstance(obs, dict) else {k: k for k in obs}
-
-
-def held_out(cfg: DictConfig, device: torch.device) -> TrajectoryDataset | None:
-    """The episodes that training does not see; None where there is a single episode or val_ratio is 0."""
-    return dataset(cfg, "val", device) if cfg.data.val_ratio and Store.open(cfg.data.path).episodes > 1 else None
-
-
-def check_settings(cfg: DictConfig) -> None:
-    """ValueError when the data is known to be of the same task in other settings: mazes of all sizes look alike."""
-    now, then = plain(cfg.env), Store.open(cfg.data.path).attrs.get("env") or {}
-    other = [k for k in then.keys() & now.keys() if then[k] != now[k] and k not in NOT_RECORDED]
-    if then.get("_target_") == now.get("_target_") and other:
-        of, here = (", ".join(f"env.{k}={node[k]}".replace("=True", "=true").replace("=False", "=false") for k in sorted(other)) for node in (then, now))
-        raise ValueError(f"{cfg.data.path} was recorded with {of}, and this is training for {here}: say {of}, or record others with dipole collect {here}")
-
-
 def check_task(cfg: DictConfig, spec: Spec) -> None:
     """ValueError before training when the data does not show what the environment shows; nothing where there is none to ask."""
     if "_target_" not in cfg.env:
         return
-    check_settings(cfg)
+    datasets.check_settings(cfg)
     try:
         from envs.task import Task
     except ImportError:

@@ -110,7 +110,7 @@ def side(name: str, folder: Path, cfg: DictConfig) -> Side:
 def best_held(one: Side) -> tuple[Path | None, dict[str, Any]]:
     """The run's evaluation with the most episodes, of those made with these very settings and weights."""
     assert one.cfg
-    want, facts = settings(one.cfg), read_json(one.folder / "checkpoints" / f"{one.cfg.checkpoint}.json")
+    want, facts = settings(one.cfg), read_json(one.folder / "checkpoints" / f"{one.cfg.checkpoint.partition('@')[0]}.json")
     held: list[tuple[Path | None, dict[str, Any]]] = []
     for path in [*one.folder.glob("eval/metrics.json"), *one.folder.glob("eval/*/metrics.json")]:
         metrics = read_json(path)

@@ -88,7 +88,7 @@ def chosen(cfg: DictConfig, folder: Path, delays: list[int]) -> list[str]:
         raise ValueError(f"merges={merges}: {unknown[0]!r} is unknown; use some of {', '.join(MERGES)}, with a warm start at a noise time as guided@0.8")
     if not merges:
         return []
-    rtc = checkpoint.read(folder / "checkpoints" / f"{cfg.checkpoint}.safetensors")[1]["planner"].get("rtc", 0)
+    rtc = checkpoint.read(folder / "checkpoints" / f"{cfg.checkpoint.partition('@')[0]}.safetensors")[1]["planner"].get("rtc", 0)
     if rtc < max(delays) and (told := [m for m in merges if m.startswith("prefix")]):
         console.print(f"prefix is left out: it needs a run trained with train.rtc={max(delays)} or more, and this one has {rtc or 'none'}", highlight=False)
         merges = [m for m in merges if m not in told]

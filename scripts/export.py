@@ -2,7 +2,7 @@
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue
 
 from policy.serve.artifact import load
 from policy.serve.backend import PlannerBackend
@@ -18,7 +19,7 @@ from policy.serve.export import export, write_card
 from policy.serve.fastplan import FastPlan
 from policy.serve.measure import PARITY, SENSITIVE, parity, race
 from policy.train.log import console
-from scripts import common
+from scripts import common, datasets
 from scripts.cli import words_to_overrides
 from scripts.export_page import show, write_page
 from scripts.policies import policy_of
@@ -32,8 +33,8 @@ def observations(cfg: DictConfig, policy: PlannerBackend) -> tuple[list[dict[str
     """cfg.observations histories {key: (t_obs, *shape)} and where they come from."""
     n, rng = cfg.observations, np.random.default_rng(0)
     planner, spec = policy.planner, policy.planner.spec
-    if Path(str(cfg.data.get("path"))).exists():
-        data = common.dataset(cfg, "val", torch.device("cpu"))
+    with suppress(FileNotFoundError, MissingMandatoryValue):  # the data may lie on another computer
+        data = datasets.dataset(cfg, "val", torch.device("cpu"))
         batch = data.batch(torch.from_numpy(np.linspace(0, len(data) - 1, n).round().astype(np.int64)))
         return [{k: v[i].numpy() for k, v in batch.obs.items()} for i in range(n)], f"held-out observations of {cfg.data.path}"
     made = []

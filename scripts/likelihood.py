@@ -17,7 +17,7 @@ from policy.planner import Planner
 from policy.train import checkpoint
 from policy.train.log import bar, console
 from policy.types import Batch, Obs
-from scripts import common
+from scripts import common, datasets
 from scripts.likelihood_page import write_page
 
 AT_ONCE = 64  # windows
@@ -40,7 +40,7 @@ def likelihood(cfg: DictConfig, folder: Path, out: Path) -> dict[str, Any]:
     splits: dict[str, Any] = {}
     with bar() as progress, torch.no_grad():
         for split, name in (("val", "held out"), ("train", "training")):
-            data = common.dataset(cfg, split, device)
+            data = datasets.dataset(cfg, split, device)
             index, episodes = spread(data.whole(), wanted.windows, name, data.horizon)
             task = progress.add_task(f"likelihood, {name}", total=len(index), note="")
             splits[name] = nats(planner, data, index, episodes, wanted, functools.partial(progress.advance, task))

@@ -10,14 +10,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from policy.data import statistics
-from policy.data.store import Store
+from policy.data.sources import Entry
 from policy.diffusion.objective import distillation, ignorance, inside
 from policy.planner import Planner
 from policy.train import checkpoint
 from policy.train.log import Log, console, read_rows
 from policy.train.loop import NotFinite, Settings, Trainer
 from policy.types import Spec
-from scripts import common, sweep, transforms
+from scripts import common, datasets, sweep, transforms
 from scripts.verb import verb
 
 
@@ -28,16 +28,18 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
     """
     torch.set_num_threads(cfg.threads)
     device = checkpoint.pick_device(cfg.device)
-    data, val = common.dataset(cfg, "train", device), common.held_out(cfg, device)
-    spec = spec_of(cfg, data.shapes)
+    found = datasets.named(cfg)
+    datasets.settle_memory(cfg, found, device, folder)
+    data, val = datasets.dataset(cfg, "train", device, found), datasets.held_out(cfg, device, found)
+    spec = spec_of(cfg, found[0], data.shapes)
     common.check_task(cfg, spec)
     modes = cfg.normalize if isinstance(cfg.normalize, str) else common.plain(cfg.normalize)
     torch.manual_seed(cfg.train.seed)  # initial weights
     told = common.plain(cfg.train)
     rtc = delays_of(told.pop("rtc", False), cfg.horizon)
-    nodes = transforms.completed(cfg, data)
+    nodes = transforms.completed(cfg, data, found[0])
     config = {**common.planner_config(cfg), **({"rtc": rtc} if rtc else {}), **({"transform": nodes} if nodes else {}),
-              **({"per_step": True} if cfg.per_step else {})}
+              **({"per_step": True} if cfg.per_step else {}), **({"datasets": [e.name for e in found]} if datasets.apart(cfg, found) else {})}
     normalizer = statistics.fit(data, checkpoint.transform_of(config, list(cfg.trust)), modes, per_step=cfg.per_step)
     planner = checkpoint.build(config, spec, normalizer, trust=list(cfg.trust)).to(device)
     if bool(cfg.teacher) != (inside(planner.objective)[0] is distillation):
@@ -60,6 +62,8 @@ def train(cfg: DictConfig, folder: Path, said: Sequence[str] | None = None) -> d
     common.write_start(folder, OmegaConf.create({**cfg, "transform": nodes, "resume": False}), said)
     console.print(f"{folder}: {len(data.episodes)} episodes, {len(data)} windows, {sum(p.numel() for p in planner.parameters()) / 1e6:.2f} M parameters, "
                   f"{device}, {'bf16' if trainer.bf16 else 'fp32'}", highlight=False, soft_wrap=True)
+    if words := datasets.told(found, data):
+        console.print(f"data: {words}", highlight=False, soft_wrap=True)
     with Log(folder, config={**config, "train": common.plain(cfg.train), "versions": checkpoint.versions()}, resume_at=trainer.step, **cfg.log) as log:
         trainer.run(log)
     common.finish(folder, common.result_line(last) if last else f"trained {trainer.step} steps in {trainer.cpu_s:.0f} CPU-seconds")
@@ -78,7 +82,8 @@ def delays_of(rtc: bool | int | None, horizon: int) -> int:
 
 def taught_by(planner: Planner, cfg: DictConfig) -> None:
     """Start from the teacher's weights and let the objective compare with it. The encoder stays as it is, so both see the same condition."""
-    teacher, _ = checkpoint.load(cfg.teacher, cfg.teacher_checkpoint, device=str(checkpoint.pick_device(cfg.device)), trust=list(cfg.trust))
+    name = cfg.teacher_checkpoint if "@" in cfg.teacher_checkpoint else f"{cfg.teacher_checkpoint}@*"  # of all its datasets, as the student
+    teacher, _ = checkpoint.load(cfg.teacher, name, device=str(checkpoint.pick_device(cfg.device)), trust=list(cfg.trust))
     if why := ignorance(teacher.objective):
         raise ValueError(f"{cfg.teacher} cannot teach: {why}")
     planner.load_state_dict(teacher.state_dict())
@@ -86,9 +91,10 @@ def taught_by(planner: Planner, cfg: DictConfig) -> None:
     planner.objective = partial(planner.objective, teacher=teacher.denoiser)
 
 
-def spec_of(cfg: DictConfig, shapes: dict[str, tuple[int, ...]]) -> Spec:
-    store = Store.open(cfg.data.path)
-    task = cfg.env["_target_"].rsplit(".", 1)[-1] if "_target_" in cfg.env else str(store.attrs.get("task") or Path(cfg.data.path).stem)
+def spec_of(cfg: DictConfig, first: Entry, shapes: dict[str, tuple[int, ...]]) -> Spec:
+    """first: what says the rate and the units, where there are several datasets."""
+    store = first.store
+    task = cfg.env["_target_"].rsplit(".", 1)[-1] if "_target_" in cfg.env else str(store.attrs.get("task") or store.path.stem)
     return Spec(obs={k: s for k, s in shapes.items() if k != "action"}, action_dim=shapes["action"][0], t_obs=cfg.t_obs, horizon=cfg.horizon,
                 fps=float(store.fps or cfg.data.get("fps") or 0), task=task, units=store.units or {}, action_semantics=store.action_semantics or "")
 

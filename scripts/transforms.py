@@ -6,18 +6,18 @@ from omegaconf import DictConfig
 
 from policy.data.meaning import Known, complete
 from policy.data.semantics import Semantics
-from policy.data.store import Store
+from policy.data.sources import Entry
 from policy.data.windows import Field, TrajectoryDataset
-from scripts import common
+from scripts.settings import plain
 
 
-def completed(cfg: DictConfig, data: TrajectoryDataset) -> dict[str, dict[str, Any]]:
-    """Node transform with every argument said, {name: {_target_: …}}. ValueError says what the dataset does not tell."""
-    nodes, about = common.plain(cfg.transform) or {}, common.plain(cfg.data)
+def completed(cfg: DictConfig, data: TrajectoryDataset, first: Entry) -> dict[str, dict[str, Any]]:
+    """Node transform with every argument said, {name: {_target_: …}}. ValueError says what the dataset, the first of several, does not tell."""
+    nodes, about = plain(cfg.transform) or {}, plain(cfg.data)
     if not nodes:
         return {}
-    store, action = Store.open(about["path"], missing=about.get("missing", "error")), Field.of(about["action"])
-    fields = {name: Field.of(f) for name, f in common.observed(store, about["obs"], action.key).items()}
+    store, action = first.store, Field.of(first.action)
+    fields = {name: Field.of(f) for name, f in first.obs.items()}
     seen = {name: (f.key, None if f.take is None else list(f.take)) for name, f in fields.items()}
     stored = {} if action.take is not None else store.attrs.get("action") or {}  # which is about all channels
     said = Semantics.from_json({**stored, **(about.get("semantics") or {})})
@@ -26,4 +26,4 @@ def completed(cfg: DictConfig, data: TrajectoryDataset) -> dict[str, dict[str, A
         actions = data.arrays["action"]
         return actions.amin(0).tolist(), actions.amax(0).tolist()
     widths = {key: prod(shape) for key, (shape, _) in store.schema.items()}
-    return complete(nodes, Known.of(said, data.shapes["action"][0], seen, limits, about["path"], widths))
+    return complete(nodes, Known.of(said, data.shapes["action"][0], seen, limits, str(store.path), widths))

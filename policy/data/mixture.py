@@ -60,7 +60,7 @@ class Mixture(TrajectoryDataset):
 
     @property
     def order_facts(self) -> dict[str, Any]:
-        return {"parts": {name: {"windows": len(p), **p.order_facts} for name, p in self.parts.items()}, "weights": self.weights}
+        return {"parts": [{"windows": len(p), **p.order_facts} for p in self._all], "weights": self.weights}
 
     def epoch(self, seed: int) -> "MixedEpoch":
         return MixedEpoch(self, seed)

@@ -76,6 +76,10 @@ class Normalizer(nn.Module):
         """The inverse of encode."""
         return {key: v * scale + shift for key, v in x.items() for shift, scale in [self._affine(key)]}
 
+    def of(self, source: Tensor | None) -> "Normalizer | Rows":
+        """What encodes rows of these datasets (b,), see Batch.source; itself but in PerDataset."""
+        return self
+
     def extra_repr(self) -> str:
         return ", ".join(f"{key} {shape}" for key, shape in self.shapes.items())
 
@@ -106,6 +110,42 @@ class Normalizer(nn.Module):
         moves = hi - lo >= torch.maximum(lo.abs(), hi.abs()).mul(1e-6).clamp_min(min_range)
         shift.copy_(torch.where(moves, middle, (lo + hi) / 2).view_as(shift))
         scale.copy_(torch.where(moves, half, torch.ones_like(half)).view_as(scale))
+
+
+class PerDataset(Normalizer):
+    """A Normalizer for each of several datasets {name: …}, of the same shapes. In training each row has its own; a plan has the one that was `chosen`."""
+
+    def __init__(self, each: Mapping[str, Normalizer]):
+        first = next(iter(each.values()))
+        super().__init__(first.shapes)
+        self.to(next(first.buffers()).device)
+        self.load_state_dict(first.state_dict())
+        self.names, self.each = list(each), nn.ModuleList(each.values())
+
+    def of(self, source: Tensor | None) -> "Normalizer | Rows":
+        return self if source is None else Rows(self, source)
+
+    def chosen(self, name: str) -> Normalizer:
+        """The one of a dataset. ValueError lists the names."""
+        if name not in self.names:
+            raise ValueError(f"this policy was not trained on a dataset {name!r}; it knows {', '.join(self.names)}")
+        return self.each[self.names.index(name)]  # type: ignore[return-value]
+
+
+class Rows:
+    """Encodes each row of a batch with the Normalizer of its dataset.   source: (b,)"""
+
+    def __init__(self, every: PerDataset, source: Tensor):
+        self._every, self._source = every, source
+
+    def encode(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{key: (b, …, *shape)}"""
+        return {key: (v - shift) / scale for key, v in x.items() for shift, scale in [self._affine(key, v.ndim)]}
+
+    def _affine(self, key: str, axes: int) -> tuple[Tensor, ...]:
+        each = [n._affine(key) for n in self._every.each]  # type: ignore[operator]
+        rows = (torch.stack(part)[self._source] for part in zip(*each, strict=True))  # (b, *small)
+        return tuple(r.view(len(r), *[1] * (axes - r.ndim), *r.shape[1:]) for r in rows)
 
 
 def _name(part: str, key: str) -> str:

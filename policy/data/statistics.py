@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from policy.data.mixture import Mixture
 from policy.data.moments import BLOCK, Moments
-from policy.data.normalize import MEASURED, Normalizer, measured
+from policy.data.normalize import MEASURED, Normalizer, PerDataset, measured
 from policy.data.transform import NOTHING, Sizes, Transform
 from policy.data.windows import TrajectoryDataset
 
@@ -16,8 +17,10 @@ def fit(data: TrajectoryDataset, transform: Transform = NOTHING, modes: Mapping[
     """Measure the training data as the network will see it, in bounded memory; modes as Normalizer.fit has them, those of "action" after transforms.
 
     Every step of every window counts, what is repeated behind an episode's end too.   per_step: each step of a chunk has its own shift and scale, for
-    relative actions grow along it.
+    relative actions grow along it.   A Mixture whose batches say which dataset a row is of has a Normalizer for each.
     """
+    if isinstance(data, Mixture) and data.named:
+        return PerDataset({name: fit(part, transform, modes, per_step=per_step) for name, part in data.parts.items()})
     if transform == NOTHING and not per_step:
         return Normalizer.fit(data.arrays, modes)
     frames: dict[str, Any] = dict(data.arrays)

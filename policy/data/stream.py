@@ -107,6 +107,11 @@ class Streamed(TrajectoryDataset):
         self._end = absolute[hi] + 1
 
     @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return len(self._base) if self.streamed else 0
+
+    @property
     def order_facts(self) -> dict[str, Any]:
         """What the order of an epoch depends on beside the seed."""
         return {"block": self.block, "live": self.live} if self.streamed else {}

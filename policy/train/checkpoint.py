@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from policy.data.normalize import Normalizer
+from policy.data.normalize import Normalizer, PerDataset
 from policy.data.statistics import shapes
 from policy.data.transform import NOTHING, Chain, Transform
 from policy.diffusion.denoiser import Denoiser
@@ -117,13 +117,25 @@ def sampling(config: dict[str, Any], trust: Sequence[str] = ()) -> dict[str, Any
 
 
 def load(run: str | Path, checkpoint: str = "policy", *, device: str = "cpu", trust: Sequence[str] = ()) -> tuple[Planner, dict[str, Any]]:
-    """The planner of a run folder (`run/checkpoints/<checkpoint>.safetensors`, averaged weights), ready to plan, and its facts."""
-    tensors, facts = read(Path(run) / "checkpoints" / f"{checkpoint}.safetensors", device)
+    """The planner of a run folder (`run/checkpoints/<checkpoint>.safetensors`, averaged weights), ready to plan, and its facts.
+
+    checkpoint: policy, policy_<step>, …; of a policy that normalises each of its datasets for itself policy@<dataset>, whose units it then speaks, or
+    policy@* for all of them, to go on training. ValueError when it has several and none is named.
+    """
+    name, _, dataset = checkpoint.partition("@")
+    tensors, facts = read(Path(run) / "checkpoints" / f"{name}.safetensors", device)
     spec = Spec.from_json(facts["spec"])
     config = facts["planner"]
     sizes = shapes(transform_of(config, trust), spec.obs, spec.action_dim, spec.horizon, per_step=config.get("per_step", False))
-    planner = build(config, spec, Normalizer(sizes), trust=trust)
+    known = config.get("datasets") or []
+    if (known or dataset not in ("", "*")) and dataset not in (*known, "*"):
+        raise ValueError(f"{run} has {f'no statistics of a dataset {dataset!r}' if dataset else 'statistics of several datasets'}: say whose robot it is for, "
+                         + (" or ".join(f"checkpoint={name}@{k}" for k in known) if known else f"checkpoint={name}, it has one for all"))
+    planner = build(config, spec, PerDataset({k: Normalizer(sizes) for k in known}) if known else Normalizer(sizes), trust=trust)
     planner.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+    if isinstance(planner.normalizer, PerDataset) and dataset != "*":
+        planner.normalizer = planner.normalizer.chosen(dataset)
+        facts["planner"] = {k: v for k, v in config.items() if k != "datasets"}
     return planner.to(device).eval().requires_grad_(False), facts
 
 
