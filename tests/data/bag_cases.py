@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from mcap.writer import CompressionType
+from mcap.writer import Writer as McapWriter
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.rosbag2.enums import CompressionFormat, CompressionMode
 from rosbags.typesys import Stores, get_typestore
@@ -84,6 +86,22 @@ def write_bag(path: Path, messages, storage: str = "mcap", compression: Compress
             if topic not in connections:
                 connections[topic] = writer.add_connection(topic, message.__msgtype__, typestore=TYPES)
             writer.write(connections[topic], BEGIN + round(t * 1e9) + LATE, TYPES.serialize_cdr(message, message.__msgtype__))
+    return path
+
+
+def lone(path: Path, messages, compression=CompressionType.ZSTD, definition: bytes = b"", chunk: int = 4096) -> Path:
+    """One .mcap without a folder, by mcap's own writer."""
+    with open(path, "wb") as f:
+        writer = McapWriter(f, chunk_size=chunk, compression=compression)
+        writer.start("ros2", "")
+        known: dict[str, int] = {}
+        for topic, t, message in sorted(messages, key=lambda m: m[1]):
+            if topic not in known:
+                schema = writer.register_schema(message.__msgtype__, "ros2msg", definition)
+                known[topic] = writer.register_channel(topic, "cdr", schema)
+            ns = BEGIN + round(t * 1e9)
+            writer.add_message(known[topic], ns + LATE, bytes(TYPES.serialize_cdr(message, message.__msgtype__)), ns)
+        writer.finish()
     return path
 
 

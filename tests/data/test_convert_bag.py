@@ -6,9 +6,8 @@ from pathlib import Path
 import bag_cases as cases
 import numpy as np
 import pytest
-from bag_cases import BEGIN, JOINTS, LATE, TYPES, arm, header, joint, pixels, write_bag
+from bag_cases import JOINTS, LATE, arm, header, joint, lone, pixels, write_bag
 from mcap.writer import CompressionType
-from mcap.writer import Writer as McapWriter
 from rosbags.rosbag2.enums import CompressionMode
 from scipy.spatial.transform import Rotation, Slerp
 
@@ -23,22 +22,6 @@ def episodes(path: Path, fps: float = 10, **options):
         assert {k: (x.shape[1:], x.dtype) for k, x in episode.items()} == source.schema
         assert len({len(x) for x in episode.values()}) == 1
     return found, source
-
-
-def lone(path: Path, messages, compression=CompressionType.ZSTD, definition: bytes = b"", chunk: int = 4096) -> Path:
-    """One .mcap without a folder, by mcap's own writer."""
-    with open(path, "wb") as f:
-        writer = McapWriter(f, chunk_size=chunk, compression=compression)
-        writer.start("ros2", "")
-        known: dict[str, int] = {}
-        for topic, t, message in sorted(messages, key=lambda m: m[1]):
-            if topic not in known:
-                schema = writer.register_schema(message.__msgtype__, "ros2msg", definition)
-                known[topic] = writer.register_channel(topic, "cdr", schema)
-            ns = BEGIN + round(t * 1e9)
-            writer.add_message(known[topic], ns + LATE, bytes(TYPES.serialize_cdr(message, message.__msgtype__)), ns)
-        writer.finish()
-    return path
 
 
 def written(folder: Path, how: str, messages) -> Path:

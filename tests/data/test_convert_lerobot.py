@@ -80,7 +80,7 @@ def test_each_row_has_its_frame(tmp_path, version, video):
             np.testing.assert_array_equal(episode[key], want[key])
             assert episode[key].dtype == want[key].dtype
     assert set(source.schema) == {"observation.state", "action", "task_index", "timestamp", CAMERA}
-    assert source.action == "action" and source.semantics.of is None  # three states, two actions
+    assert source.action == "action" and source.semantics.of is None and source.obs == ["observation.state"]  # three states, two actions
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
@@ -217,7 +217,7 @@ def test_damage_is_told_with_the_file(tmp_path, version):
 
     def hole(a: Path) -> None:
         t = pq.read_table(a / table)
-        pq.write_table(cases.pa.concat_tables([t.slice(0, 5), t.slice(6)]), a / table)
+        pq.write_table(cases.pa.concat_tables([t.slice(0, 5), t.slice(4, 1), t.slice(6)]), a / table)  # as many rows, one of them twice
     damaged("rows that count", hole)
 
 

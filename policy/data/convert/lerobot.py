@@ -68,7 +68,8 @@ def read(path: Path | str, *, videos: str = "decode", tolerance: float = video.T
         path=layout.path, format="lerobot", schema={k: (c.shape, c.dtype) for k, c in columns.items()},
         episodes=partial(_episodes, layout, columns, float(tolerance)), count=len(layout.rows), fps=float(layout.info["fps"]),
         units=own.get("units", {}), action="action" if "action" in columns else None, semantics=_semantics(layout, own), attrs=attrs, notes=notes,
-        keep=meta.keep(layout), obs=[k for k in columns if k.startswith("observation.")] or None)
+        keep=meta.keep(layout),
+        obs=[k for k, c in columns.items() if k.startswith("observation.") and c.kind == "table"] or None)
 
 
 def _semantics(layout: Layout, own: Mapping[str, Any]) -> Semantics:

@@ -146,22 +146,35 @@ def open_layout(path: Path | str) -> Layout:
     try:
         version = tuple(int(x) for x in str(info["codebase_version"]).removeprefix("v").split("."))[:2]
         features, fps = info["features"], float(info["fps"])
-        fine = fps > 0 and all(isinstance(f["dtype"], str) and isinstance(f["shape"], list | tuple) for f in features.values())
+        fine = 0 < fps < 1e6 and all(isinstance(f["dtype"], str) and _shape(f["shape"]) for f in features.values())
+        fine &= all(isinstance(info.get(k) or "", str) for k in ("data_path", "video_path")) and int(info.get("chunks_size") or 1000) > 0
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise DataError(f"{path / INFO} lacks what LeRobot writes there ({e!r}). {AGAIN}") from e
     if not fine or any("/" in k or ".." in k for k in features):
-        raise DataError(f"{path / INFO}: fps must be above 0, each feature needs dtype and shape, and no feature's name holds / or ... {AGAIN}")
+        raise DataError(f"{path / INFO}: fps must be above 0, each feature needs dtype and shape, paths are text, and no feature's name holds / or ... {AGAIN}")
     if len(version) < 2 or version[0] not in (2, 3):
         raise DataError(f"{path} is LeRobot {info['codebase_version']}; v2.0 to v3.x are read. Bring it there with LeRobot's own conversion scripts")
-    info.setdefault("data_path", DATA_V3 if version[0] == 3 else DATA_V2)
-    tasks, rows = _v3(path) if version[0] == 3 else _v2(path)
+    info["data_path"] = info.get("data_path") or (DATA_V3 if version[0] == 3 else DATA_V2)
+    try:
+        tasks, rows = _v3(path) if version[0] == 3 else _v2(path)
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        if isinstance(e, DataError):
+            raise
+        raise DataError(f"{path}: the tasks in meta are not numbered ({e}). {AGAIN}") from e
     if not rows:
         raise DataError(f"{path}: meta lists no episode. {AGAIN}")
-    try:
-        rows = [{**row, "episode_index": int(row["episode_index"]), "length": int(row["length"])} for row in rows]
-    except (KeyError, TypeError, ValueError) as e:
-        raise DataError(f"{path}: an episode in meta has no episode_index or length ({e!r}). {AGAIN}") from e
+    for row in rows:
+        if not all(_count(row.get(k)) for k in ("episode_index", "length")) or not isinstance(row.get("tasks") or [], list):
+            raise DataError(f"{path}: an episode in meta has no episode_index, length and tasks: {str(row)[:200]}. {AGAIN}")
     return Layout(path, (version[0], version[1]), info, tasks, rows)
+
+
+def _count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 10**9
+
+
+def _shape(x: Any) -> bool:
+    return isinstance(x, list | tuple) and all(_count(n) for n in x)
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -179,11 +192,11 @@ def _json(file: Path) -> dict[str, Any]:
 def json_lines(file: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         raise DataError(f"{file} is not there. {AGAIN}")
-    with open(file, encoding="utf-8") as f:
+    with open(file, "rb") as f:
         for i, line in enumerate(f):
             if line.strip():
                 try:
-                    yield dict(json.loads(line))
+                    yield dict(json.loads(line.decode()))
                 except (ValueError, TypeError, RecursionError) as e:
                     raise DataError(f"{file} line {i + 1} is not a JSON object ({e}). {AGAIN}") from e
 
