@@ -32,7 +32,7 @@ test: $(STAMP) ## run the fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 realtime: $(STAMP) ## run what needs the clock, alone: faults of planner, bridge and robot, drivers, the served policy
-	$(BIN)/python -m pytest -m 'slow and not ros and not franka' --ignore=tests/serve/test_export.py tests/serve tests/test_deploy_verb.py $(ARGS)
+	$(BIN)/python -m pytest -m 'slow and not ros and not franka' --ignore=tests/serve/test_export.py tests/serve $(ARGS)
 	$(BIN)/python -m pytest -m slow tests/serve/test_export.py
 
 check: $(STAMP) ## lint and type-check

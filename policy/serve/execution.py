@@ -158,8 +158,8 @@ class Execution:
         needed = self.execute * self.dt + 2 * max(self.delays, default=0.0)
         if len(self.delays) < 3 or needed <= (self.horizon - 1 + self.knot) * self.dt:
             return ""
-        return (f"plans of {self.horizon * self.dt:.2f} s do not last for {self.execute} actions and twice the delay of {max(self.delays):.2f} s, {needed:.2f} s "
-                "in all: execute fewer, plan in fewer steps (sampler.steps), or train with a longer horizon")
+        return (f"plans of {self.horizon * self.dt:.2f} s do not last for {self.execute} actions and twice the delay of {max(self.delays):.2f} s, "
+                f"{needed:.2f} s in all: execute fewer, plan in fewer steps (sampler.steps), or train with a longer horizon")
 
     def due(self, now: float) -> bool:
         """Whether it is time to plan from a new observation."""

@@ -1,13 +1,16 @@
 """What people see of a bridge: the live picture, the journal on disk, the timeline, the page."""
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from policy.serve.bridge import Bridge
+from policy.serve.client import Chunk
 from policy.serve.journal import Journal
+from policy.serve.supervisor import Mode
 from policy.serve.view import bar, facts, picture
 from scripts import deploy_page
 from tests.serve.fakes import ROBOT
@@ -55,3 +58,28 @@ def test_the_journal_is_lines_of_json_and_its_numbers_are_those_of_the_run(tmp_p
     deploy_page.timeline(tmp_path / "timeline.png", journal, ROBOT)
     assert (tmp_path / "timeline.png").stat().st_size > 20_000
     assert "control lateness" in deploy_page.cards(obtained) and "waiting" not in deploy_page.events(journal)
+
+
+def test_the_journal_keeps_what_it_took_at_the_start():
+    """An hour at 50 Hz, plans and refusals all the while: no more memory than after the first minutes."""
+    rig, journal = Rig(), Journal(keep=60.0)
+    journal.start(ROBOT, {"scheduler": "normal"})
+    size, chunk = journal._rows.nbytes, Chunk(0, 0, 0.0, 0.05, np.zeros((16, 2)), 1.0, 0.0, 1.0, "toy")
+    for k in range(180_000):
+        journal.tick(0.02 * k, 0.0, Mode.RUN, None, rig.bridge.limiter)
+        if k % 25 == 0:
+            journal.chunk(chunk, 0.02 * k, 0.0, rig.bridge.execution)
+            journal.event(0.02 * k, "refused", {"why": "jump"})
+    assert journal._rows.nbytes == size and len(journal.chunks) == len(journal.events) == 1000 and journal._lines.empty()
+    assert journal.arrays()["t"][[0, -1]].tolist() == pytest.approx([3540.0, 3599.98]) and journal.finish({}, rig.bridge.limiter)["ticks"] == 180_000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_disk_that_refuses_costs_lines_and_nothing_else():
+    """/dev/full takes nothing."""
+    rig = Rig()
+    rig.bridge.journal = journal = Journal("/dev/full", keep=1.0)
+    journal.start(ROBOT, {"scheduler": "normal"})
+    rig.run(3.0)
+    journal.close()
+    assert rig.modes[-1] == "RUN" and "No space left" in next(e["why"] for e in journal.events if e["event"] == "unwritten")

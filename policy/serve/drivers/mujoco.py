@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class MujocoDriver:
         self.facts = self._ask({"op": "describe"}, lambda m: m.get("op") == "facts", timeout)
 
     def _start(self, timeout: float) -> None:
+        if not (find_spec("mujoco") and find_spec("gymnasium")):
+            raise DriverError("the simulated robot needs MuJoCo and gymnasium: pip install 'dipole[sim]'")
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **threads, "PYTHONPATH": path},

@@ -21,7 +21,7 @@ from tests.serve.bench import judged
 from tests.serve.far import Far
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENV = {**{k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 # Its controlling terminal, so that ctrl-C typed there is SIGINT for whoever runs in the foreground.
