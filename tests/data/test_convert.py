@@ -39,7 +39,7 @@ NAMES = st.lists(st.text("ab/._", min_size=1, max_size=6).filter(lambda s: s.str
 
 
 @given(names=NAMES, data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_stored_names_are_legal_unique_and_lose_no_key(names, data):
     action = data.draw(st.sampled_from([None, *names]))
     reserved = [] if action else data.draw(st.sampled_from([[], ["action"]]))
@@ -185,6 +185,7 @@ def test_rates_that_cannot_be(arrays, tmp_path):
 
 # ---------------------------------------------------------------- there and back
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+@settings(max_examples=25)
 def test_what_is_kept_comes_back(x):
     kept = {"x": x, "a": np.arange(6, dtype=">f4").reshape(2, 3), "s": np.array(["ab", "ü"]), "one": np.float32(1.5), "none": np.zeros((0, 3), np.int8),
             "rec": np.zeros(2, [("a", "<f4"), ("b", "S3", (2,))])}

@@ -190,7 +190,7 @@ def test_large_keys_are_sampled_and_what_is_not_finite_is_counted(tmp_path, monk
 
 
 @given(parts=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_split_merged_again_holds_the_same_episodes(tmp_path_factory, parts, seed):
     folder = tmp_path_factory.mktemp("deal")
     schema = {"action": ((1,), "float32")}
