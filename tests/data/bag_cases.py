@@ -58,13 +58,16 @@ def pixels(i: int, encoding: str = "rgb8") -> np.ndarray:
     rng = np.random.default_rng(i)
     if encoding in ("16UC1", "mono16"):
         return rng.integers(0, 2**16, (6, 8, 1), np.uint16)
+    if encoding == "32FC1":
+        return rng.normal(size=(6, 8, 1)).astype(np.float32)
     return rng.integers(0, 256, (6, 8, 1 if encoding == "mono8" else 3), np.uint8)
 
 
 def image(t: float, i: int, encoding: str = "rgb8", pad: int = 0, big: bool = False):
     """pad: bytes at the end of each row that are no pixels."""
     x = pixels(i, encoding)
-    x = x[..., ::-1] if encoding == "bgr8" else x
+    x = x[..., ::-1] if encoding.startswith("bgr") else x
+    x = np.concatenate([x, np.full((6, 8, 1), 200, np.uint8)], -1) if encoding.endswith("a8") else x
     rows = np.ascontiguousarray(x.astype(x.dtype.newbyteorder(">")) if big else x).view(np.uint8).reshape(6, -1)
     data = np.pad(rows, ((0, 0), (0, pad)), constant_values=7)
     return T["sensor_msgs/msg/Image"](header(t), 6, 8, encoding, int(big), data.shape[1], data.reshape(-1))

@@ -79,12 +79,12 @@ def test_orientations_between_messages_are_those_of_scipy(tmp_path):
 
 
 @pytest.mark.parametrize("encoding,pad,big", [("rgb8", 0, False), ("bgr8", 5, False), ("mono8", 3, False), ("16UC1", 0, False), ("16UC1", 2, True),
-                                              ("mono16", 0, False)])
+                                              ("mono16", 0, False), ("rgba8", 1, False), ("bgra8", 0, False), ("32FC1", 4, True)])
 def test_images_are_those_that_were_sent(tmp_path, encoding, pad, big):
     path = write_bag(tmp_path / "bag", [("/c", i / 10, cases.image(i / 10, i, encoding, pad, big)) for i in range(5)])
     (e,), source = episodes(path)
     np.testing.assert_array_equal(e["c"], np.stack([pixels(i, encoding) for i in range(5)]))
-    assert source.units.get("c") == ("mm" if "16" in encoding else None)
+    assert source.units.get("c") == ("mm" if "16" in encoding else "m" if "32" in encoding else None)
 
 
 @pytest.mark.parametrize("format,head", [("png", b""), ("16UC1; compressedDepth png", bytes(12)), ("rgb8; jpeg compressed bgr8", b"")])
@@ -95,6 +95,36 @@ def test_compressed_images(tmp_path, format, head):
     path = write_bag(tmp_path / "bag", [("/c", i / 10, cases.compressed(i / 10, x, format, head)) for i in range(3)])
     (e,), _ = episodes(path)
     assert e["c"].dtype == x.dtype and np.abs(e["c"][1].astype(int) - x).max() <= (4 if "jpeg" in format else 0)
+
+
+def test_the_other_messages(tmp_path):
+    t = cases.T
+    xyz, q = t["geometry_msgs/msg/Vector3"](1.0, 2.0, 3.0), t["geometry_msgs/msg/Quaternion"](0.0, 0.0, 1.0, 0.0)
+    point, cov = t["geometry_msgs/msg/Point"](4.0, 5.0, 6.0), np.zeros(36)
+    pose, twist = t["geometry_msgs/msg/Pose"](point, q), t["geometry_msgs/msg/Twist"](xyz, t["geometry_msgs/msg/Vector3"](7.0, 8.0, 9.0))
+    layout = t["std_msgs/msg/MultiArrayLayout"]([], 0)
+
+    def at(s: float):
+        h = header(s)
+        return {"twist": twist, "twist_stamped": t["geometry_msgs/msg/TwistStamped"](h, twist), "wrench": t["geometry_msgs/msg/WrenchStamped"](
+                    h, t["geometry_msgs/msg/Wrench"](xyz, xyz)),
+                "transform": t["geometry_msgs/msg/TransformStamped"](h, "tool", t["geometry_msgs/msg/Transform"](xyz, q)),
+                "point": t["geometry_msgs/msg/PointStamped"](h, point), "vector": t["geometry_msgs/msg/Vector3Stamped"](h, xyz),
+                "imu": t["sensor_msgs/msg/Imu"](h, q, np.zeros(9), xyz, np.zeros(9), xyz, np.zeros(9)),
+                "odometry": t["nav_msgs/msg/Odometry"](h, "base", t["geometry_msgs/msg/PoseWithCovariance"](pose, cov),
+                                                       t["geometry_msgs/msg/TwistWithCovariance"](twist, cov)),
+                "flag": t["std_msgs/msg/Bool"](s > 0.25), "count": t["std_msgs/msg/Int32"](round(s * 10)), "width": t["std_msgs/msg/Float32"](0.5),
+                "bytes": t["std_msgs/msg/UInt8MultiArray"](layout, np.array([1, 255], np.uint8)), "pose": pose}
+    (e,), source = episodes(write_bag(tmp_path / "bag", [(f"/{k}", s / 10, m) for s in range(6) for k, m in at(s / 10).items()]))
+    want = {"twist/linear": [1, 2, 3], "twist/angular": [7, 8, 9], "twist_stamped/linear": [1, 2, 3], "wrench/torque": [1, 2, 3],
+            "transform/translation": [1, 2, 3], "transform/rotation": [0, 0, 1, 0], "point": [4, 5, 6], "vector": [1, 2, 3],
+            "imu/linear_acceleration": [1, 2, 3], "imu/orientation": [0, 0, 1, 0],
+            "odometry/position": [4, 5, 6], "odometry/angular": [7, 8, 9], "width": 0.5, "bytes": [1, 255], "pose/position": [4, 5, 6]}
+    for key, value in want.items():
+        np.testing.assert_array_equal(e[key], np.broadcast_to(value, e[key].shape), err_msg=key)
+    assert e["flag"].dtype == bool and e["flag"].tolist() == [False] * 3 + [True] * (len(e["flag"]) - 3) and e["bytes"].dtype == np.uint8
+    assert e["count"].tolist() == list(range(len(e["count"]))) and e["count"].dtype == np.int32
+    assert source.units["wrench/force"] == "N" and source.units["imu/angular_velocity"] == "rad/s"
 
 
 def test_two_senders_of_some_joints_each_make_one_robot(tmp_path):

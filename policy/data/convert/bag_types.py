@@ -67,8 +67,8 @@ def _odometry(m: Any) -> Values:
     return {**_pose(m.pose.pose), **_twist(m.twist.twist)}
 
 
-def _data(m: Any) -> Values:
-    return {"": np.asarray(m.data)}
+def _data(dtype: str) -> Callable[[Any], Values]:
+    return lambda m: {"": np.asarray(m.data, dtype)}
 
 
 def _image(m: Any) -> Values:
@@ -108,8 +108,8 @@ TYPES: dict[str, Type] = {
     **{f"geometry_msgs/msg/{name}": Type(values, fields) for name, (values, fields) in GEOMETRY.items()},
     **{f"geometry_msgs/msg/{name}Stamped": Type(_part("vector" if name == "Vector3" else name.lower(), values), fields)
        for name, (values, fields) in GEOMETRY.items()},
-    **{f"std_msgs/msg/{name}{many}": Type(_data, {"": (HOLD, "")}) for name in NUMBERS for many in ("", "MultiArray")},
-    "std_msgs/msg/Bool": Type(_data, {"": (HOLD, "")}),
+    **{f"std_msgs/msg/{name}{many}": Type(_data(name.lower()), {"": (HOLD, "")}) for name in NUMBERS for many in ("", "MultiArray")},
+    "std_msgs/msg/Bool": Type(_data("bool"), {"": (HOLD, "")}),
 }
 PIXELS: dict[str, tuple[type, int, list[int] | None]] = {  # encoding: dtype, channels, their order as RGB
     "rgb8": (np.uint8, 3, None), "bgr8": (np.uint8, 3, [2, 1, 0]), "rgba8": (np.uint8, 4, [0, 1, 2]), "bgra8": (np.uint8, 4, [2, 1, 0]),
