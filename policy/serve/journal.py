@@ -73,8 +73,10 @@ class Journal:
     def finish(self, counts: dict[str, int], limiter: Any) -> dict[str, Any]:
         """The run in numbers: ticks and counts of all of it; lateness, share of each mode, planning and round-trip times, delays, seams of what is kept."""
         a = self.arrays()
-        out: dict[str, Any] = {"ticks": self.ticks, "counts": dict(counts), "obtained": self.obtained, "interventions": limiter.interventions}
+        out: dict[str, Any] = {"ticks": self.ticks, "counts": dict(counts), "obtained": self.obtained, "interventions": limiter.interventions,
+                               "no_way_found": limiter.errors}
         if len(a["t"]) and self.robot is not None:
+            out["largest_intervention"] = dict(zip(self.robot.joints, limiter.largest.round(4).tolist(), strict=True))  # in the joints' units
             late = 1e3 * a["late"]
             out["late_ms"] = dict(zip(("p50", "p99", "max"), (float(np.percentile(late, p)) for p in (50, 99, 100)), strict=True))
             out["missed"] = int((late > 1e3 / self.robot.rate).sum())

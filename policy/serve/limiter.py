@@ -21,7 +21,7 @@ class Limiter:
     """Limits one robot's setpoints; joints are limited each on its own. Starts nowhere: call reset(q) first.
 
     dt: s between setpoints.   steps: setpoints in a control period.
-    q, dq, ddq: (dof,) commanded at the end of the last period.   at_rest: whether that is a standstill.
+    q, dq, ddq: (dof,) commanded at the end of the last period.
     interventions: setpoints that are not the target asked for.   largest: (dof,) most that one lay beside its target.
     errors: periods in which ruckig found no way, so that the robot braked.
     """
@@ -66,10 +66,6 @@ class Limiter:
     @property
     def ddq(self) -> np.ndarray:
         return self._now.ddq
-
-    @property
-    def at_rest(self) -> bool:
-        return not self.dq.any() and not self.ddq.any()
 
     def follow(self, q: np.ndarray, dq: np.ndarray, ddq: np.ndarray | None = None) -> Motion:
         """Setpoints (steps, dof) of the coming period, as near to the targets as the limits allow.

@@ -123,7 +123,7 @@ def test_a_target_that_is_none_brakes(bad, where):
         np.testing.assert_array_equal(limiter.follow(q, dq).q, expected)
     for _ in range(30):
         limiter.brake()
-    assert limiter.at_rest and (limiter.dq == 0).all()
+    assert (limiter.dq == 0).all() and (limiter.ddq == 0).all()
 
 
 def test_setpoints_always_end_at_rest_and_a_late_period_goes_on_from_the_tail():

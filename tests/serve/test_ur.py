@@ -1,4 +1,5 @@
 """The UR driver with the real ur-rtde client against a controller in its own process (tests/serve/fake_rtde.py)."""
+import os
 import signal
 import socket
 import subprocess
@@ -154,6 +155,7 @@ def test_the_bridge_dies_or_freezes_and_the_robot_comes_to_rest_as_it_was_told_t
 def test_the_process_beside_us_dies_or_freezes_and_the_robots_own_watchdog_stops_it(robot, driver, how):
     q0 = driver.connect(SPEC).q
     moving(driver, q0)
+    assert os.getsid(driver._process.pid) != os.getsid(0)  # a terminal's ctrl-C and its closing do not reach it
     driver._process.send_signal(how)
     fails(driver.read, "gone", 0.5 + STALE)
     until(lambda: robot.ask("state")["log"] == ["watchdog"])

@@ -5,7 +5,6 @@ The process ends when the bridge's does: setpoints are played to their end, at r
 import importlib
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -48,7 +47,8 @@ class Apart:
         self._stopped, self._dof, self._heard = False, robot.dof, time.monotonic()
         command = [sys.executable, "-m", "policy.serve.drivers.apart", str(theirs.fileno()), self.client.__module__, self.client.__qualname__,
                    json.dumps({"options": self.options, "realtime": self.realtime})]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                         start_new_session=True)  # ctrl-C and a terminal that closes are for the bridge, which brakes first
         theirs.close()
         self._line.send_bytes(CONNECT + json.dumps({"robot": {k: v if isinstance(v, str | float | int) else list(v) for k, v in asdict(robot).items()},
                                                     "timeout": timeout}).encode())
@@ -182,7 +182,6 @@ def serve(line: Connection, driver: Streamed) -> None:
 
 
 def main(fd: str, module: str, name: str, given: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the bridge's: it brakes first
     settings = json.loads(given)
     if settings["realtime"]:
         claim()
