@@ -1,6 +1,7 @@
 """Whatever happens to a file of another format, reading it ends in values or in one DataError: bytes cut, flipped, inserted; words of meta/ exchanged."""
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import bag_cases
@@ -60,6 +61,17 @@ def test_damaged_bytes(tmp_path, kind):
         file.write_bytes(raw)
         refused += not read_or_refuse(path, f"damage {k} of {file.name} at {at}")
     assert refused >= 5
+
+
+@pytest.mark.parametrize("module,kind", [("pyarrow", "v3.0"), ("av", "v3.0"), ("mcap.stream_reader", "none"), ("rosbags.typesys", "none"),
+                                         ("zstandard", "zstd"), ("lz4.frame", "lz4"), ("PIL.Image", "images")])
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, module, kind):
+    path = bag_cases.lone(tmp_path / "a.mcap", [("/c", i / 5, bag_cases.compressed(i / 5, bag_cases.pixels(0))) for i in range(3)]) if kind == "images" \
+        else made(kind, tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dipole\[data\]'") as e:
+        list(open_source(path, "lerobot" if kind.startswith("v") else "rosbag", fps=20).episodes())
+    assert e.value.name in (module, module.partition(".")[0], "pillow")
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])

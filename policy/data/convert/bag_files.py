@@ -2,6 +2,7 @@
 
 A message's definition, which bags carry along, is never looked at: bag_types.py knows the standard types.
 """
+import importlib
 import re
 import shutil
 import sqlite3
@@ -124,7 +125,7 @@ class _plain:
     def __enter__(self) -> Path:
         if self.file.suffix != ".zstd":
             return self.file
-        import zstandard
+        zstandard = needed("zstandard")
         self.folder = tempfile.mkdtemp(prefix="dipole-bag-")
         plain = Path(self.folder) / self.file.stem
         try:
@@ -141,7 +142,7 @@ class _plain:
 
 
 def _zstd(data: bytes, most: int) -> bytes:
-    import zstandard
+    zstandard = needed("zstandard")
     try:
         said = zstandard.frame_content_size(data)
         if said > most:
@@ -166,18 +167,17 @@ def _sqlite(file: Path) -> Iterator[Raw]:
         connection.close()
 
 
-def mcap() -> Any:
+def needed(name: str) -> Any:
+    """An optional module, or the error that names the pip line."""
     try:
-        import mcap.exceptions
-        import mcap.stream_reader
+        return importlib.import_module(name)
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("MCAP files are read by mcap: pip install 'dipole[data]'", name="mcap") from e
-    return mcap
+        package = name.partition(".")[0]
+        raise ModuleNotFoundError(f"this bag is read with {package}, which is not installed: pip install 'dipole[data]'", name=package) from e
 
 
 def _mcap(file: Path) -> Iterator[Raw]:
-    m = mcap()
-    from mcap.records import Channel, Chunk, Message, Schema
+    stream, records, ends = needed("mcap.stream_reader"), needed("mcap.records"), needed("mcap.exceptions").EndOfFile
     schemas: dict[int, str] = {}
     channels: dict[int, tuple[str, str]] = {}
     with open(file, "rb") as f:
@@ -185,18 +185,18 @@ def _mcap(file: Path) -> Iterator[Raw]:
             raise _Broken("does not begin like an MCAP file")
         f.seek(0)
         try:
-            for record in m.stream_reader.StreamReader(f, emit_chunks=True, record_size_limit=CHUNK_BYTES).records:
-                for r in _chunk(record) if isinstance(record, Chunk) else [record]:
-                    if isinstance(r, Schema):
+            for record in stream.StreamReader(f, emit_chunks=True, record_size_limit=CHUNK_BYTES).records:
+                for r in _chunk(record) if isinstance(record, records.Chunk) else [record]:
+                    if isinstance(r, records.Schema):
                         schemas[r.id] = r.name
-                    elif isinstance(r, Channel):
+                    elif isinstance(r, records.Channel):
                         kind = schemas.get(r.schema_id, "") if r.message_encoding == "cdr" else f"{r.message_encoding} message"
                         channels[r.id] = (r.topic, kind)
-                    elif isinstance(r, Message):
+                    elif isinstance(r, records.Message):
                         yield Raw(*channels[r.channel_id], r.log_time, r.data)
-        except m.exceptions.EndOfFile as e:
+        except ends as e:
             raise _Broken("ends early: its recorder was killed, or the copy is not complete") from e
-        except _Broken:
+        except (_Broken, ModuleNotFoundError):
             raise
         except Exception as e:  # struct.error, zlib, lz4, zstd, UnicodeDecodeError, KeyError, CRCValidationError, …
             raise _Broken(f"is damaged ({type(e).__name__}: {e})") from e
@@ -204,15 +204,14 @@ def _mcap(file: Path) -> Iterator[Raw]:
 
 def _chunk(chunk: Any) -> list[Any]:
     """The records of a chunk, whose size is known before it is decompressed."""
-    breakup = mcap().stream_reader.breakup_chunk
+    breakup = needed("mcap.stream_reader").breakup_chunk
     if chunk.uncompressed_size > CHUNK_BYTES:
         raise _Broken(f"holds a chunk of {chunk.uncompressed_size} bytes")
     data = chunk.data
     if chunk.compression == "zstd":
         data = _zstd(data, chunk.uncompressed_size)
     elif chunk.compression == "lz4":
-        import lz4.frame
-        data = lz4.frame.LZ4FrameDecompressor().decompress(data, max_length=chunk.uncompressed_size)
+        data = needed("lz4.frame").LZ4FrameDecompressor().decompress(data, max_length=chunk.uncompressed_size)
     elif chunk.compression:
         raise _Broken(f"is compressed with {chunk.compression}, which is not known")
     if len(data) != chunk.uncompressed_size:

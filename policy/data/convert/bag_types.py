@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from policy.data.convert.bag_files import needed
 from policy.data.convert.images import read_image
 from policy.data.files import DataError
 
@@ -121,11 +122,8 @@ class Decoder:
     """CDR bytes of a standard message -> the message, by rosbags' own definitions, never by those in a bag."""
 
     def __init__(self) -> None:
-        try:
-            from rosbags.typesys import Stores, get_typestore
-        except ModuleNotFoundError as e:
-            raise ModuleNotFoundError("ROS 2 messages are read by rosbags: pip install 'dipole[data]'", name="rosbags") from e
-        self._types = get_typestore(Stores.LATEST)
+        types = needed("rosbags.typesys")
+        self._types = types.get_typestore(types.Stores.LATEST)
 
     def message(self, kind: str, data: bytes, where: str) -> Any:
         try:
