@@ -3,6 +3,7 @@
 zarr reads a chunk file that is missing, or empty in v3, as zeros without a word, and Blosc turns a truncated one into stray memory. For a
 robot's data that is a silent lie, so `read_rows` looks at the files first.
 """
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -73,6 +74,16 @@ class Files:
     def data_keys(self) -> list[str]:
         """Names of the arrays directly under data/."""
         return self.place.data_keys("zarr.json" if self.format == 3 else ".zarray")
+
+    def listed(self, folder: str, ending: str) -> list[int]:
+        """The files <number><ending> of a folder, as numbers, ascending."""
+        if self.kind == "directory":
+            names = os.listdir(self.path / folder) if (self.path / folder).is_dir() else []
+        elif self.sizes is not None:
+            names = [name.rpartition("/")[2] for name in self.sizes if name.startswith(f"{folder}/")]
+        else:
+            raise DataError(f"{self.path}: the server does not list {folder}, so its videos cannot be found. Serve the dataset as one .zip, or from S3")
+        return sorted(int(stem) for name in names if name.endswith(ending) and (stem := name.removesuffix(ending)).isdigit())
 
     def disk_bytes(self, name: str) -> int:
         """Bytes of all files under the array called name."""

@@ -79,7 +79,7 @@ class Zip:
 
     def __init__(self, file: Opened):
         self._file = file
-        with zipfile.ZipFile(io.BufferedReader(_Seekable(file), 2**16)) as z:
+        with zipfile.ZipFile(io.BufferedReader(Seekable(file), 2**16)) as z:
             self._members = {info.filename: info for info in z.infolist()}
         self.sizes: dict[str, int] = {name: info.file_size for name, info in self._members.items()}
 
@@ -110,7 +110,7 @@ class _Member:
                 raise zipfile.BadZipFile("its checksum is another")
             return data
         if self._whole is None:
-            with zipfile.ZipFile(io.BufferedReader(_Seekable(self._file), 2**16)) as z:
+            with zipfile.ZipFile(io.BufferedReader(Seekable(self._file), 2**16)) as z:
                 self._whole = z.read(self._info)
         return self._whole[lo:hi]
 
@@ -118,7 +118,7 @@ class _Member:
         self._whole = None
 
 
-class _Seekable(io.RawIOBase):
+class Seekable(io.RawIOBase):
     """A file as zipfile wants it."""
 
     def __init__(self, file: Opened):

@@ -7,25 +7,19 @@ written before its end, so a frame beyond the last end belongs to an episode tha
 overwrites it. Growing episode_ends and writing the new value are two files; in between the new entry reads 0, which no episode can end
 at, so trailing zeros are ignored. One process writes at a time. (Power loss is another matter: nothing here calls fsync.)
 """
-import fcntl
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import zarr
 from numpy.typing import DTypeLike
-from zarr.codecs import ZstdCodec
-from zarr.storage import LocalStore
 
 from policy.data.files import DataError, Files, read_rows
+from policy.data.making import ENDS, hold, make
+from policy.data.video import PARTIAL, Video, settings
 
-ENDS = "meta/episode_ends"
-CHUNK_BYTES, CHUNK_STEPS, CHUNKS_PER_SHARD = 2**18, 1024, 16  # a random window decodes one chunk; an append rewrites at most one shard
-ENDS_CHUNK = 8192
 BLOCK_BYTES = 2**26  # whole keys are walked this much at a time
 Schema = dict[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -40,39 +34,26 @@ class Store:
     def __init__(self, files: Files, *, fill_missing: bool):
         """Use Store.open or Store.create."""
         self._files, self._fill_missing = files, fill_missing
-        self._arrays = {key: files.array(f"data/{key}") for key in files.data_keys()}
+        self.attrs = files.attrs()
+        arrays: dict[str, zarr.Array | Video] = {key: files.array(f"data/{key}") for key in files.data_keys()}
+        videos = {key: Video(files, key, about, self.attrs["fps"]) for key, about in (self.attrs.get("video") or {}).items()}
+        self._arrays = dict(sorted({**arrays, **videos}.items()))
         if not self._arrays:
             raise DataError(f"{files.path}: there is nothing under data/. A dataset has data/<key> (N, …) for each observation and action")
-        self.attrs = files.attrs()
         self._ends, self._pending = _committed_ends(files), 0  # frames written behind the last episode's end
         self._check()
 
     @classmethod
     def create(cls, path: Path | str, schema: Mapping[str, tuple[Sequence[int], DTypeLike]], *, fps: float,
-               units: Mapping[str, str] | None = None, action_semantics: str | None = None, attrs: Mapping | None = None) -> "Store":
-        """Make an empty dataset, open for appending.   schema: {key: (shape of one frame, dtype)}.   DataError when path is taken."""
-        path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise DataError(f"{path} already holds data and is not overwritten. Append with Store.open(path, mode='a'), "
-                            "choose another path, or remove it yourself")
-        if not schema or not fps > 0:
-            raise DataError(f"{path}: a dataset needs at least one key and fps > 0, got keys {list(schema)} and fps={fps}")
-        if bad := [key for key in schema if not key or "/" in key or key.startswith((".", "__"))]:
-            raise DataError(f"{path}: {bad} cannot be keys, since each key is a folder name. Use letters, digits, _ and .")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Built beside its place and renamed into it: a dataset exists entirely or not at all.
-        building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            building.chmod(0o777 & ~_umask())
-            root = zarr.create_group(LocalStore(building), zarr_format=3, attributes={
-                "fps": float(fps), "units": dict(units or {}), "action_semantics": action_semantics, **(attrs or {})})
-            for key, (shape, dtype) in schema.items():
-                _create_array(root, f"data/{key}", tuple(shape), np.dtype(dtype))
-            root.create_array(ENDS, shape=(0,), chunks=(ENDS_CHUNK,), dtype="int64", fill_value=0)
-            building.rename(path)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
+               units: Mapping[str, str] | None = None, action_semantics: str | None = None, attrs: Mapping | None = None,
+               video: Sequence[str] | Mapping[str, Mapping[str, int]] = ()) -> "Store":
+        """Make an empty dataset, open for appending.   schema: {key: (shape of one frame, dtype)}.   DataError when path is taken.
+
+        video: keys of camera images that are kept as mp4 (policy.data.video), smaller by far and not bit for bit; {key: {gop, crf}} says how.
+        """
+        path, videos = Path(path), settings(path, schema, video)
+        attributes = {"fps": float(fps), "units": dict(units or {}), "action_semantics": action_semantics, **(attrs or {})}
+        make(path, schema, {**attributes, "video": videos} if videos else attributes, videos)
         return cls.open(path, mode="a")
 
     @classmethod
@@ -86,7 +67,7 @@ class Store:
         files = Files(path, writable=mode == "a")
         if files.writable and (lock := hold(files.path)) is not None:  # what a live recorder is writing is no stray
             os.close(lock)
-            for stray in files.path.rglob("*.partial"):  # a killed write leaves its temporary file behind
+            for stray in [*files.path.rglob("*.partial"), *files.path.rglob(f"*{PARTIAL}")]:  # a killed write leaves its temporary file behind
                 stray.unlink(missing_ok=True)
         store = cls(files, fill_missing=missing == "zeros")
         if mode == "r" and not store.episodes:
@@ -149,8 +130,7 @@ class Store:
 
     def disk_bytes(self, key: str) -> int:
         """Bytes that key takes on disk."""
-        self._array(key)
-        return self._files.disk_bytes(f"data/{key}")
+        return self._files.disk_bytes(f"{'video' if isinstance(self._array(key), Video) else 'data'}/{key}")
 
     # ------------------------------------------------------------ reading
     def read(self, key: str, lo: int = 0, hi: int | None = None, *, out: np.ndarray | None = None) -> np.ndarray:
@@ -158,7 +138,9 @@ class Store:
         hi = self.steps if hi is None else hi
         if not 0 <= lo <= hi <= self.steps:
             raise IndexError(f"frames [{lo}, {hi}) of {key!r}: {self.path} has {self.steps} frames")
-        return read_rows(self._files, self._array(key), f"data/{key}", lo, hi, fill_missing=self._fill_missing, holding=self._where, out=out)
+        if isinstance(array := self._array(key), Video):
+            return array.read(lo, hi, self.steps, self._where, out)
+        return read_rows(self._files, array, f"data/{key}", lo, hi, fill_missing=self._fill_missing, holding=self._where, out=out)
 
     def span(self, i: int) -> tuple[int, int]:
         """First frame and end frame of episode i."""
@@ -184,8 +166,9 @@ class Store:
         if self._pending:
             raise DataError(f"{self.path}: an episode of {self._pending} frames is being written. commit() or discard() it first")
         try:
-            self._put({key: np.concatenate([e[key] for e in episodes]) for key in self._arrays})
-            self._commit(np.concatenate([self._ends, self.steps + np.cumsum([len(next(iter(e.values()))) for e in episodes])]))
+            ends = np.cumsum([len(next(iter(e.values()))) for e in episodes])
+            self._put({key: np.concatenate([e[key] for e in episodes]) for key in self._arrays}, ends[:-1].tolist())
+            self._commit(np.concatenate([self._ends, self.steps + ends]))
         finally:
             self._pending = 0
 
@@ -206,10 +189,15 @@ class Store:
         """Forget the frames written since the last episode."""
         self._pending = 0
 
-    def _put(self, frames: Mapping[str, np.ndarray]) -> None:
+    def _put(self, frames: Mapping[str, np.ndarray], cuts: Sequence[int] = ()) -> None:
+        """cuts: where another episode begins."""
         lo = self.steps + self._pending
         n = len(next(iter(frames.values())))
         for key, array in self._arrays.items():
+            if isinstance(array, Video):
+                for a, b in zip([0, *cuts], [*cuts, n], strict=True):
+                    array.put(lo + a, frames[key][a:b])
+                continue
             array.resize((lo + n, *array.shape[1:]))
             array[lo:] = frames[key]
         self._pending += n
@@ -233,7 +221,7 @@ class Store:
             self._ends = ends[:done].copy()
 
     # ------------------------------------------------------------ checks
-    def _array(self, key: str) -> zarr.Array:
+    def _array(self, key: str) -> zarr.Array | Video:
         if key not in self._arrays:
             raise KeyError(f"{key!r} is not in {self.path} (known: {', '.join(self._arrays)})")
         return self._arrays[key]
@@ -252,6 +240,8 @@ class Store:
             raise DataError(f"{path}: {ENDS} must be positive and strictly increasing, but entry {i} is {ends[i]}{after}. "
                             "It holds cumulative frame counts, not lengths: write np.cumsum(lengths)")
         for key, array in self._arrays.items():
+            if isinstance(array, Video):
+                continue
             if array.ndim < 1 or array.shape[0] < self.steps:
                 raise DataError(f"{path}: data/{key} has {array.shape[0] if array.ndim else 'no'} frames, but {ENDS} counts "
                                 f"{self.steps}. Every key needs one row per frame: write the missing rows, or remove the key")
@@ -273,30 +263,6 @@ class Store:
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise DataError(f"{self.path}: episode {i} needs the same number of frames (at least 1) in every key, got {lengths}")
         return out
-
-
-def _create_array(root: zarr.Group, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    frame = max(1, math.prod(shape) * dtype.itemsize)
-    steps = 2 ** min(int(math.log2(CHUNK_STEPS)), max(0, int(math.log2(max(1, CHUNK_BYTES // frame)))))
-    # Checksums: a flipped bit in a demonstration must not become a motion.
-    root.create_array(name, shape=(0, *shape), chunks=(steps, *shape), shards=(steps * CHUNKS_PER_SHARD, *shape), dtype=dtype,
-                      compressors=ZstdCodec(level=3, checksum=True), fill_value=0)
-
-
-def hold(path: Path) -> int | None:
-    """Keep recorders (policy.data.record) out of the dataset at path until the descriptor is closed or its process dies; None: there is one."""
-    lock = os.open(path / ".recording", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        return None
-    return lock
-
-
-def _umask() -> int:
-    os.umask(now := os.umask(0))
-    return now
 
 
 def _committed_ends(files: Files) -> np.ndarray:

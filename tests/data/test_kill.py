@@ -47,9 +47,9 @@ def die_at(monkeypatch):
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("ends_chunk", [8192, 2])
 def test_death_at_every_single_write(tmp_path, monkeypatch, die_at, after, ends_chunk):
-    monkeypatch.setattr("policy.data.store.ENDS_CHUNK", ends_chunk)
-    monkeypatch.setattr("policy.data.store.CHUNK_STEPS", 8)
-    monkeypatch.setattr("policy.data.store.CHUNKS_PER_SHARD", 2)
+    monkeypatch.setattr("policy.data.making.ENDS_CHUNK", ends_chunk)
+    monkeypatch.setattr("policy.data.making.CHUNK_STEPS", 8)
+    monkeypatch.setattr("policy.data.making.CHUNKS_PER_SHARD", 2)
     schema = {key: SCHEMA[key] for key in ("image", "action")}
     episodes = [make_episode(i, n, schema) for i, n in enumerate((9, 20, 1, 12, 5))]
     path, done, deaths = tmp_path / "d.zarr", [], 0

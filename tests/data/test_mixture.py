@@ -31,7 +31,7 @@ def make(path, lengths, tag, schema=SCHEMA, **attrs):
 
 @pytest.fixture
 def stores(tmp_path, monkeypatch):
-    monkeypatch.setattr("policy.data.store.CHUNK_STEPS", 4)
+    monkeypatch.setattr("policy.data.making.CHUNK_STEPS", 4)
     return [make(tmp_path / f"{name}.zarr", lengths, tag) for tag, (name, lengths) in enumerate({"a": [20, 30, 7], "b": [40], "c": [11, 12]}.items())]
 
 
@@ -111,7 +111,7 @@ def test_a_normaliser_of_the_mixture_is_that_of_all_frames(stores):
 
 
 def test_training_on_a_mixture_resumes_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("policy.data.store.CHUNK_STEPS", 4)
+    monkeypatch.setattr("policy.data.making.CHUNK_STEPS", 4)
     a, b = make_store(tmp_path / "a.zarr"), make_store(tmp_path / "b.zarr", episodes=3)
 
     def trainer(folder, weights=(1, 2)):

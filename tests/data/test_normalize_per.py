@@ -24,8 +24,8 @@ def parts(tmp_path_factory):
     made = {}
     for name, scale in SCALES.items():
         rng = np.random.default_rng(0)
-        store = Store.create(tmp_path_factory.mktemp("d") / f"{name}.zarr", {"x": ((3,), "float32"), "image": ((4, 4, 3), "uint8"), "action": ((2,), "float32")},
-                             fps=10)
+        schema = {"x": ((3,), "float32"), "image": ((4, 4, 3), "uint8"), "action": ((2,), "float32")}
+        store = Store.create(tmp_path_factory.mktemp("d") / f"{name}.zarr", schema, fps=10)
         for _ in range(5):
             x = np.sin(np.arange(20)[:, None] * 0.2 + rng.uniform(0, 6, 3)) + 5
             store.append({"x": (x * scale).astype("float32"), "image": rng.integers(0, 256, (20, 4, 4, 3)).astype("uint8"),
@@ -84,7 +84,7 @@ def test_the_plan_speaks_the_units_that_were_named(parts, tmp_path):
         assert type(one.normalizer) is Normalizer and "datasets" not in facts["planner"]
         plans[name] = one.plan({"x": torch.tensor([[[5.1, 4.9, 5.5]] * 2]) * scale}, noise=noise) / scale
     torch.testing.assert_close(*plans.values(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"statistics of several datasets: say whose robot it is for, checkpoint=policy@metres or checkpoint=policy@millimetres"):
+    with pytest.raises(ValueError, match="several datasets: say whose robot it is for, checkpoint=policy@metres or checkpoint=policy@millimetres"):
         checkpoint.load(tmp_path)
     with pytest.raises(ValueError, match="no statistics of a dataset 'miles'"):
         checkpoint.load(tmp_path, "policy@miles")

@@ -18,8 +18,8 @@ def add_all(recorder, episode):
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", 500)  # about six frames
-    monkeypatch.setattr("policy.data.store.CHUNK_STEPS", 8)
-    monkeypatch.setattr("policy.data.store.CHUNKS_PER_SHARD", 2)
+    monkeypatch.setattr("policy.data.making.CHUNK_STEPS", 8)
+    monkeypatch.setattr("policy.data.making.CHUNKS_PER_SHARD", 2)
 
 
 def test_what_is_recorded_is_what_was_added(tmp_path, small_blocks):

@@ -29,7 +29,7 @@ def episodes(lengths=LENGTHS):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> Store:
-    monkeypatch.setattr("policy.data.store.CHUNK_STEPS", 8)
+    monkeypatch.setattr("policy.data.making.CHUNK_STEPS", 8)
     store = Store.create(tmp_path / "d.zarr", SCHEMA, fps=10)
     store.extend(episodes())
     return Store.open(store.path)
@@ -138,7 +138,7 @@ def trainer(folder: Path, store: Store, memory: int, **settings) -> Trainer:
 
 def test_resume_is_exact(tmp_path, monkeypatch, capsys):
     """40 steps over five epochs, interrupted at 17 = every weight, bit for bit."""
-    monkeypatch.setattr("policy.data.store.CHUNK_STEPS", 4)
+    monkeypatch.setattr("policy.data.making.CHUNK_STEPS", 4)
     store = make_store(tmp_path / "d.zarr", episodes=8)
 
     def run(t):

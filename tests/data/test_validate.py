@@ -197,6 +197,7 @@ def stored(data: Arrays, path: Path) -> Path:
 def test_a_store_its_ends_and_its_files(spotless, tmp_path):
     path = stored(spotless.copy("joints", "action"), tmp_path / "mine.zarr")
     assert validate(path).findings == []
+    assert validate(f"file://{path}").to_json()["findings"] == []
     ends = zarr.open_array(path / "meta" / "episode_ends", mode="r+")
     good = ends[:]
     for wrong, said in ((np.where(np.arange(len(good)) == 5, good[4] - 3, good), "entry 5 is"), (good + 7, "has 3,661")):
