@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from policy.data.checks.finding import SEVERITIES, Finding, some
 from policy.data.convert import convert, detect
-from policy.data.files import DataError, Files
+from policy.data.files import DataError, Files, Url, where
 from policy.data.validate import Report, validate
 from policy.data.validate_page import write_page
 from policy.page import counted, save_json
@@ -24,12 +24,12 @@ PATIENCE = 2.0  # seconds after which a bar shows
 @verb("data_validate")
 def start(cfg: DictConfig) -> None:
     d = plain(cfg)
-    path, out, strict = Path(d.pop("path")), d.pop("out"), d.pop("strict")
+    path, out, strict = where(d.pop("path")), d.pop("out"), d.pop("strict")
     with ExitStack() as stack:
         store = opened(path, d.pop("format"), d.pop("mapping"), d["fps"], stack)
         called = "" if store == path else str(path.with_suffix(".zarr"))
         report = checked(store, image_bytes=1e9 * d.pop("images"), called=called, **d)
-        folder = Path(out or f"{str(path).rstrip('/')}.validate")
+        folder = Path(out or f"{beside(path)}.validate")
         folder.mkdir(parents=True, exist_ok=True)
         page = write_page(report, folder / "validate.html")
         save_json(folder / "findings.json", json.loads(json.dumps(report.to_json(), default=float)))
@@ -39,6 +39,8 @@ def start(cfg: DictConfig) -> None:
 
 def opened(path: Path, format: str | None, mapping: str | None, fps: float | None, stack: ExitStack) -> Path:
     """A store: path itself, or a copy of another format that lives until the stack is closed."""
+    if isinstance(path, Url):
+        return path
     if not path.exists():
         raise DataError(f"{path} does not exist. Check path=…")
     if not format and is_zarr(path):
@@ -49,6 +51,11 @@ def opened(path: Path, format: str | None, mapping: str | None, fps: float | Non
     console.print("\n".join([f"{name}, looked at as dipole data convert src={path} dst={path.with_suffix('.zarr')} would make it",
                              *(f"note: {note}" for note in done.notes)]), highlight=False, soft_wrap=True, markup=False)
     return dst
+
+
+def beside(path: Path) -> str:
+    """What a file that is written about a dataset is called, without its ending: next to it, or here when it is behind a URL."""
+    return path.name if isinstance(path, Url) else str(path)
 
 
 def is_zarr(path: Path) -> bool:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from policy.data.files import where
 from policy.data.rerun import write_rrd
 from policy.data.store import Store
 from policy.data.validate import check
 from policy.data.view import view
 from policy.train.log import console
-from scripts.data_validate import opened
+from scripts.data_validate import beside, opened
 from scripts.settings import plain
 from scripts.verb import verb
 
@@ -17,12 +18,12 @@ from scripts.verb import verb
 @verb("data_view")
 def start(cfg: DictConfig) -> None:
     d = plain(cfg)
-    path, episode, form, findings = Path(d.pop("path")), d.pop("episode"), d.pop("as"), d.pop("findings")
+    path, episode, form, findings = where(d.pop("path")), d.pop("episode"), d.pop("as"), d.pop("findings")
     if form not in ("html", "rerun"):
         raise ValueError(f"as={form!r} is unknown; use html or rerun")
     with ExitStack() as stack:
         store = Store.open(opened(path, d.pop("format"), d.pop("mapping"), d["fps"], stack))
-        out = Path(d.pop("out") or f"{str(path).rstrip('/')}.episode{episode}.{'html' if form == 'html' else 'rrd'}")
+        out = Path(d.pop("out") or f"{beside(path)}.episode{episode}.{'html' if form == 'html' else 'rrd'}")
         if form == "rerun":
             write_rrd(store, episode, out, **d)
         else:

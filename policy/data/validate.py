@@ -13,7 +13,7 @@ import numpy as np
 from policy.data.checks import actions, copies, images, motion, rotation, stamps, units, values
 from policy.data.checks.finding import SEVERITIES, Finding, finding, ordered, some
 from policy.data.checks.look import Data, Reads
-from policy.data.files import DataError, Files
+from policy.data.files import DataError, Files, Url, where
 from policy.data.store import ENDS, Store
 
 Check = Callable[[Data], list[Finding]]
@@ -58,7 +58,8 @@ def validate(path: Path | str, *, skip: Sequence[str] = (), progress: Progress |
     progress(name of a check, how many are done, of how many).   how: as Data takes it (action, horizon, val_ratio, seed, image_bytes).
     """
     start = time.perf_counter()
-    if "://" not in str(path) and not Path(path).exists():
+    path = where(path)
+    if not isinstance(path, Url) and not path.exists():
         raise DataError(f"{path} does not exist. Check path=…")
     try:
         wrong = bounds(files := Files(path))
