@@ -88,7 +88,7 @@ def with_code(text: str) -> str:
 
 # ---------------------------------------------------------------- where
 def strips(data: Data, findings: Sequence[Finding]) -> str:
-    """One bar an episode, as long as it is, with the findings on it; those with findings first where there are too many."""
+    """One bar for each episode that has findings, as long as it is, with them on it; those with most where there are too many."""
     marks: dict[int, list[tuple[int, int, Finding, str]]] = {}
     for f in reversed(findings):  # the worst is drawn last
         for p in f.places:
@@ -96,7 +96,7 @@ def strips(data: Data, findings: Sequence[Finding]) -> str:
                 marks.setdefault(p.episode, []).append((p.lo, p.hi, f, str(p)))
     if not marks:
         return ""
-    shown = sorted(sorted(range(len(data.ends)), key=lambda e: -len(marks.get(e, ())))[:STRIPS])
+    shown = sorted(sorted(marks, key=lambda e: -len(marks[e]))[:STRIPS])
     left, w, each = 46, 2 * W, 11 if len(shown) > 30 else 16
     longest, h = int(data.lengths[shown].max()), each * len(shown) + 24
 
@@ -113,8 +113,8 @@ def strips(data: Data, findings: Sequence[Finding]) -> str:
             drawn.append(f'<rect class="mark {COLOUR[f.severity]}" x="{at(lo):.1f}" y="{y}" width="{max(2.0, at(hi) - at(lo)):.1f}" height="{each - 3}" '
                          f'opacity="{0.45 if hi - lo > longest / 4 else 0.9}"><title>{escape(f"{f.code} {f.where}: {said}")}</title></rect>')
     axis = "".join(f'<text x="{at(v):.1f}" y="{h - 6}" text-anchor="middle">{number(v)}</text>' for v in ticks(0, longest, 10))
-    rest = len(data.ends) - len(shown)
-    note = f"the {len(shown)} episodes with most of them; {rest} more are not drawn" if rest > 0 else "each bar is an episode"
+    note = f"each bar is an episode; {len(data.ends) - len(marks)} without any are not drawn" + \
+        (f", nor {len(marks) - len(shown)} with few" if len(marks) > len(shown) else "")
     legend = "".join(f'<span class="key {COLOUR[s]}"><small>{s}</small></span>' for s in SEVERITIES)
     return (f'<h2>Where</h2><div class="card"><h3>Findings over the steps of the episodes{legend}<small>{note}</small></h3>'
             f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="findings by episode">{"".join(drawn)}{axis}</svg></div>')
@@ -150,7 +150,7 @@ def motion(data: Data, key: str) -> str:
         bars = np.histogram(x, BINS, padded([float(x.min()), float(x.max())])) if len(x) else (np.zeros(1), np.zeros(2))
         flag = "switch" if scales.few[c] and scales.moves[c] else "clock" if scales.clock[c] else "" if scales.moves[c] else "constant"
         span = flag or f"{number(float(bars[1][0]))} … {number(float(bars[1][-1]))}"
-        drawn.append(f'<div class="card"><h3>{escape(data.label(key, c))}<small>{span}</small></h3>'
+        drawn.append(f'<div class="card"><h3>{escape(data.short(key, c))}<small>{span}</small></h3>'
                      f"{over_time([(t, x[:, c]) for t, x in lines])}{small_bars(bars[0].tolist())}</div>")
     more = f"<p><small>and {width - CHANNELS} more channels</small></p>" if width > CHANNELS else ""
     planes = "".join(plane(key, [x.reshape(len(x), -1, 2) for _, x in lines]) for _ in range(data.schema[key][0][-1:] == (2,)))

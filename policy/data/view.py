@@ -58,7 +58,7 @@ def data(look: Data, episode: int, findings: Sequence[Finding]) -> dict[str, Any
     plain = look.keys("action", "state", "flag", "time")
     every = max(1, -(-(hi - lo) * sum(min(CHANNELS, look.width(k)) for k in plain) // NUMBERS))
     values = {key: look.store.read(key, lo, hi).reshape(hi - lo, -1)[::every].astype(np.float32) for key in plain}
-    keys = [{"name": key, "unit": look.units.get(key, ""), "every": every, "labels": [look.label(key, c) for c in range(x.shape[1])][:CHANNELS],
+    keys = [{"name": key, "unit": look.units.get(key, ""), "every": every, "labels": [look.short(key, c) for c in range(x.shape[1])][:CHANNELS],
              "values": packed(x[:, :CHANNELS])} for key, x in values.items()]
     notes = [f"{key}: the first {CHANNELS} of {x.shape[1]} channels" for key, x in values.items() if x.shape[1] > CHANNELS]
     notes += [f"every {every}th step of the curves"] if every > 1 else []

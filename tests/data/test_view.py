@@ -48,6 +48,14 @@ def test_a_page_carries_the_episode(recording, tmp_path):
     assert "http://" not in page and "https://" not in page
 
 
+def test_channels_are_called_by_their_names(recording):
+    named = recording.copy("joints", "action")
+    named.attrs["names"] = {"joints": list("abcdef"), "action": ["too", "few"]}
+    labels = {key["name"]: key["labels"] for key in data(Data(named), 0, ())["keys"]}
+    assert labels["joints"] == list("abcdef") and labels["action"][6] == "6"
+    assert Data(named).label("joints", 2) == "joints[c]"
+
+
 def test_findings_of_other_episodes_stay_there(recording):
     assert data(Data(recording), 6, check(recording).findings)["findings"] == []
 

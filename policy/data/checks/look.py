@@ -108,6 +108,7 @@ class Data:
         self.fps: float | None = attrs.get("fps") or fps
         self.observed = observed(attrs.get("obs"), self.action, self.schema)
         self.units: Mapping[str, str] = attrs.get("units") or {}
+        self.names: Mapping[str, Any] = attrs.get("names") or {}
         self.semantics = Semantics.from_json(attrs.get("action"))
         self.roles = {key: role(key, shape, dtype, self.action) for key, (shape, dtype) in self.schema.items()}
         self._room, self._kept = keep, {}  # type: int, dict[tuple[str, int], NDArray[Any]]
@@ -126,8 +127,15 @@ class Data:
         return math.prod(self.schema[key][0])
 
     def label(self, key: str, channel: int) -> str:
+        """key[elbow] where the attribute `names` {key: [name of each channel]} says so, else key[3]."""
+        if isinstance(names := self.names.get(key), list) and len(names) == self.width(key):
+            return f"{key}[{names[channel]}]"
         shape = self.schema[key][0]
         return f"{key}[{','.join(map(str, np.unravel_index(channel, shape)))}]" if shape else key
+
+    def short(self, key: str, channel: int) -> str:
+        """The label without the key, where that is said already."""
+        return self.label(key, channel).removeprefix(f"{key}[").removesuffix("]")
 
     def place(self, lo: int, hi: int | None = None, channel: int | None = None, text: str = "") -> Place:
         """Frames [lo, hi) of the dataset, all of one episode, as steps of it."""
