@@ -22,6 +22,8 @@ def describe(store: Store) -> str:
              if store.episodes else "no complete episode yet")]
     if store.action_semantics:
         head.append(f"actions: {store.action_semantics}")
+    if videos := store.attrs.get("video"):
+        head.append(f"kept as video, not bit for bit: {', '.join(videos)}")
     rows = [("key", "shape", "dtype", "min", "max", "mean", "unit", "on disk")]
     rows += [(key, f"{shape}", str(dtype), *_stats(store, key), store.units.get(key, "-"), _bytes(store.disk_bytes(key)))
              for key, (shape, dtype) in store.schema.items()]

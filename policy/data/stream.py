@@ -21,6 +21,8 @@ from policy.types import Batch
 RESIDENT = 4096  # bytes of a frame above which a key is streamed
 BLOCK = 2**21  # bytes of a block; a chunk of the store where that is more; less of a small memory, so that LEAST blocks are live
 LEAST = 64
+DECODING = 8  # blocks' worth of what is read and decoded at a time; not the number of readers, for the order must not depend on where the data lies
+AHEAD = 16  # slots, or an eighth of them, that are filled before they are needed
 
 
 class OnDisk:
@@ -88,19 +90,19 @@ class Streamed(TrajectoryDataset):
         chunk = max(x.chunk for x in self.streamed.values())
         resident = sum(x.numel() * x.element_size() for x in self.resident.values()) + 16 * len(self)
         left = memory - resident
-        self.block = chunk * max(1, min(BLOCK, left // (LEAST + 4 * self.readers)) // (chunk * frame))
+        self.block = chunk * max(1, min(BLOCK, left // (LEAST + 2 * DECODING)) // (chunk * frame))
         absolute = self._absolute(np.arange(len(self)))
         most = min(self.block, int(absolute[-1] - absolute[0]) + 1)
         rows = most + self.t_obs - 1  # a slot holds the history of its first window too
         grid, self._block_of = np.unique(absolute // self.block, return_inverse=True)
-        decoding = self.readers * most * (stored + frame)
+        decoding = DECODING * most * stored
         slots = min(len(grid), (left - decoding) // (rows * frame))
         if slots < (least := min(len(grid), 4)):
             need = resident + decoding + least * rows * frame
             raise ValueError(f"data.memory={memory:.3g} bytes are too few to stream {', '.join(self.streamed)} of {self._path}: resident keys take "
                              f"{resident:.3g}, a block {rows * frame:.3g}. Give it {need} or more")
         self._slots, self._rows = slots, rows
-        self.live = slots if slots == len(grid) else max(1, slots - max(1, min(slots // 8, 4 * self.readers)))
+        self.live = slots if slots == len(grid) else max(1, slots - max(1, min(slots // 8, AHEAD)))
         lo = np.flatnonzero(np.diff(self._block_of, prepend=-1))  # first window of each block
         hi = np.append(lo[1:], len(self)) - 1
         self._base = np.maximum(absolute[lo] - (self.t_obs - 1), self._starts[np.searchsorted(self._until, lo, side="right")])

@@ -36,7 +36,7 @@ def stores(tmp_path, monkeypatch):
 
 
 def mixed(stores, weights=None, streamed=(), **how):
-    made = {name: Streamed(s, OBS, "action", split="all", memory=5500, stream=["image"], **how) if name in streamed
+    made = {name: Streamed(s, OBS, "action", split="all", memory=7000, stream=["image"], **how) if name in streamed
             else TrajectoryDataset(s, OBS, "action", split="all", **how) for name, s in zip("abc", stores, strict=True)}
     return Mixture(made, weights, named=True)
 

@@ -74,7 +74,7 @@ def test_the_same_windows(store, how, memory):
 @pytest.mark.parametrize("how", [dict(zarr_format=2), dict(zarr_format=3)])
 def test_stores_of_others(tmp_path, how):
     path = foreign(tmp_path / "theirs.zarr", episodes=list(episodes([50, 33, 75])), chunk=7, **how)
-    resident, streamed = both(Store.open(path), 15_000)
+    resident, streamed = both(Store.open(path), 19_000)
     epoch = streamed.epoch(0)
     same(resident.batch(epoch.order), epoch.batch(0, len(epoch)))
     assert streamed.block % 7 == 0 and streamed.live < len(streamed._base)
@@ -145,15 +145,15 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys):
         t.folder.mkdir(exist_ok=True)
         with Log(t.folder, wandb="disabled", resume_at=t.step) as log:
             t.run(log)
-    whole = trainer(tmp_path / "a", store, 3500)
+    whole = trainer(tmp_path / "a", store, 4000)
     assert 3 < whole.data.live < len(whole.data._base)
     run(whole)
-    half = trainer(tmp_path / "b", store, 3500)
+    half = trainer(tmp_path / "b", store, 4000)
     step = half.one_step
     monkeypatch.setattr(half, "one_step", lambda meter: (step(meter), setattr(half, "_stop", half.step >= 17))[0])
     run(half)
     assert half.step == 17
-    rest = trainer(tmp_path / "b", store, 3500)
+    rest = trainer(tmp_path / "b", store, 4000)
     rest.resume()
     assert "not bit for bit" not in capsys.readouterr().out
     run(rest)
