@@ -14,7 +14,7 @@ PACKAGES = ("policy", "envs", "scripts")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "policy.types": (),
     "policy.timeline": (),
-    "policy.data": ("policy.types",),
+    "policy.data": ("policy.types", "policy.page"),  # validate and view draw pages
     "policy.nets": ("policy.types",),
     "policy.diffusion": ("policy.types",),
     "policy.planner": ("policy.data", "policy.nets", "policy.diffusion", "policy.timeline"),
