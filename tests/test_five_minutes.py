@@ -13,7 +13,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def page() -> str:
-    return re.search(r"## Your data in five minutes\n(.*?)(?=\n\*\*Record\*\*|\n## )", README.read_text(encoding="utf-8"), re.DOTALL)[1]  # type: ignore[index]
+    return re.search(r"## Your data in five minutes\n(.*?)(?=\n\*\*|\n## )", README.read_text(encoding="utf-8"), re.DOTALL)[1]  # type: ignore[index]
 
 
 @pytest.mark.slow
