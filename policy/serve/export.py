@@ -15,21 +15,25 @@ from torch import Tensor, nn
 
 from policy.nets.steered import Films
 from policy.planner import Planner
-from policy.serve.artifact import RUNTIMES, VERSION, runtime, sha256
+from policy.serve.artifact import VERSION, sha256, write_card
 from policy.serve.backend import PlannerBackend
 from policy.serve.card import Card
+from policy.serve.exported import Host
+from policy.serve.gradient import traced
 from policy.serve.probe import tabulate
-from policy.serve.solver import OFFERED, Solver
+from policy.serve.runtimes import RUNTIMES, runtime
 from policy.serve.step import Encode, SteeredStep, Step, Time, limits, unet_of
 from policy.train import checkpoint
 
+log = logging.getLogger("dipole.export")
 PRECISIONS = {"onnx": ("fp32",), "openvino": ("fp32", "bf16"), "torch": ("fp32", "bf16")}
 
 
 def export(policy: PlannerBackend, config: Mapping[str, Any], out: Path, *, format: str, precision: str = "fp32") -> Card:
     """Fill the folder `out` and return its card; noise and promised actions are inputs of what is written, nothing in it is random.
 
-    config: what checkpoint.build makes the planner of, for format=torch.   ValueError names what cannot be exported, ImportError the package that is missing.
+    config: what checkpoint.build makes the planner of, for format=torch.   ValueError names what cannot be exported, the merge that policy.card.facts
+    advises included; ImportError the package that is missing.
     """
     if format not in RUNTIMES:
         raise ValueError(f"format={format} is unknown; use one of {', '.join(RUNTIMES)}")
@@ -38,28 +42,29 @@ def export(policy: PlannerBackend, config: Mapping[str, Any], out: Path, *, form
                          + ("; bf16 is for format=openvino and torch" if precision == "bf16" else ""))
     planner = policy.planner
     limits(planner)
-    if policy.warm is not None:
-        raise ValueError(f"control.warm={policy.warm} starts from the promised plan, which an export cannot: export with control.warm=null, or serve the run")
-    solver = tabulate(planner)
+    host = host_of(policy)
     out.mkdir(parents=True, exist_ok=True)
-    merges: tuple[str, ...] = (*OFFERED, *(["prefix"] if planner.rtc else []))
-    if format == "torch":
-        files = _write_torch(planner, config, out)
-        merges = (*merges, "guided")
-    else:
-        files = _write_graphs(planner, solver, out, format)
+    files, without = (_write_torch(planner, config, out), {}) if format == "torch" else _write_graphs(planner, host, out, format)
+    merges = tuple(m for m in policy.card.merges if m not in without)
+    advised = (policy.card.facts.get("control") or {}).get("merge", merges[0])
+    if advised not in merges:
+        why = without.get(advised) or "this policy was not trained for it"
+        raise ValueError(f"control.merge={advised} is how this policy is to go on from what is promised, and the export cannot ({why}): "
+                         f"export with control.merge={' or '.join(m for m in ('frozen', 'identity') if m in merges)}"
+                         + (", or format=torch" if advised in policy.card.merges else ""))
     about = {"artifact": VERSION, "format": format, "precision": precision, "files": {name: sha256(out / name) for name in files},
-             "versions": _versions(format), "solver": {"taus": solver.taus.tolist(), "calls": solver.calls, "draws": solver.draws},
-             "guidance": {"limit": policy.limit, "prior": policy.prior}, **policy.card.facts}
+             "versions": _versions(format), "solver": {"taus": host.solver.taus.tolist(), "calls": host.solver.calls, "draws": host.solver.draws},
+             "guidance": {"limit": policy.limit, "prior": policy.prior}, "warm": policy.warm, "without": without, **policy.card.facts}
     card = replace(policy.card, merges=merges, facts=about)
     write_card(out, card)
     return card
 
 
-def write_card(out: Path, card: Card) -> None:
-    part = out / "card.part"
-    part.write_text(json.dumps(card.to_json(), indent=1), encoding="utf-8")
-    part.replace(out / "card.json")
+def host_of(policy: PlannerBackend) -> Host:
+    """ValueError when the sampler is no table of coefficients."""
+    planner = policy.planner
+    shift, scale = (getattr(planner.normalizer, f"{part}_action").cpu().numpy() for part in ("shift", "scale"))
+    return Host(tabulate(planner), None if policy.warm is None else tabulate(planner, policy.warm), shift, scale, planner.transform, planner.rtc)
 
 
 def _versions(format: str) -> dict[str, str]:
@@ -72,28 +77,40 @@ def _write_torch(planner: Planner, config: Mapping[str, Any], out: Path) -> list
     return ["checkpoints/policy.safetensors", "checkpoints/policy.json"]
 
 
-def _write_graphs(planner: Planner, solver: Solver, out: Path, format: str) -> list[str]:
+def _write_graphs(planner: Planner, host: Host, out: Path, format: str) -> tuple[list[str], dict[str, str]]:
+    """The files, and why which merges cannot be had."""
     runtime(format)
-    shift, scale = (getattr(planner.normalizer, f"{part}_action").flatten().tolist() for part in ("shift", "scale"))
-    (out / "solver.json").write_text(json.dumps({"solver": solver.to_json(), "action": {"shift": shift, "scale": scale}, "rtc": planner.rtc}))
-    files = ["solver.json"]
-    for name, (module, example) in graphs(planner).items():
-        path = out / f"{name}.onnx"
-        write_onnx(module, example, path)
-        if format == "openvino":
-            files += _to_openvino(path)
-        else:
-            files.append(path.name)
-    return files
+    (out / "solver.json").write_text(json.dumps(host.to_json()))
+    files, without = ["solver.json"], {}
+    parts = graphs(planner)
+    step, example = parts["step"]
+    assert isinstance(step, Step)
+    try:
+        example = {name: x for name, x in example.items() if name != "mask"}
+        files += _write_graph("guided", traced(step.guided, list(example.values())), example, out, format)
+    except ImportError:
+        raise
+    except Exception as e:  # of torch's and onnx's own kinds, for networks with operators whose gradient cannot be written
+        without["guided"] = f"its gradient cannot be written: {type(e).__name__}"
+        log.info("merge=guided is left out", exc_info=e)
+    for name, (module, example) in parts.items():
+        files += _write_graph(name, module, example, out, format)
+    return files, without
+
+
+def _write_graph(name: str, module: nn.Module, example: Mapping[str, Tensor], out: Path, format: str) -> list[str]:
+    path = out / f"{name}.onnx"
+    write_onnx(module, example, path)
+    return _to_openvino(path) if format == "openvino" else [path.name]
 
 
 def graphs(planner: Planner) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
     """{name: (module, {input: example})} of everything that an exported plan calls, on the CPU."""
-    spec, like = planner.spec, torch.zeros(1, planner.spec.horizon, planner.spec.action_dim)
+    spec, like = planner.spec, torch.zeros(1, *planner.size)
     net = unet_of(planner)
     films = None if net is None else Films(net)
     obs = {f"obs_{k}": torch.zeros(1, spec.t_obs, *size) for k, size in spec.obs.items()}
-    tokens = planner.encoder(planner.normalizer.encode({k: v for k, v in zip(spec.obs, obs.values(), strict=True)}))
+    tokens = planner.encode(dict(zip(spec.obs, obs.values(), strict=True)))
     if tokens.mask is not None:
         raise ValueError("an encoder that leaves out tokens (Cond.mask) cannot be exported yet: serve the run, dipole serve run=…")
     encode = Encode(planner, films)
@@ -127,12 +144,12 @@ def _to_openvino(path: Path) -> list[str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's progress and its hints at packages that are not needed."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    theirs = logging.getLogger("torch.onnx")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        theirs.setLevel(level)

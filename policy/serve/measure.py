@@ -76,14 +76,24 @@ def parity(policy: PlannerBackend, backend: Backend, observations: Sequence[Seen
     return found
 
 
+def random_observations(planner: Planner, count: int) -> list[dict[str, np.ndarray]]:
+    """Within the range of the training data."""
+    rng, made = np.random.default_rng(0), []
+    for _ in range(count):
+        unit = {k: torch.from_numpy(rng.uniform(-1, 1, (1, planner.spec.t_obs, *size)).astype(np.float32)).to(next(planner.normalizer.buffers()))
+                for k, size in planner.transform.sizes(planner.spec.obs).items()}
+        made.append({k: v[0].cpu().numpy() for k, v in planner.decode_obs(unit).items()})
+    return made
+
+
 @torch.inference_mode()
 def eager(policy: PlannerBackend, planner: Planner, obs: Seen, noise: np.ndarray, *, prefix: np.ndarray, committed: int, merge: str) -> np.ndarray:
     """The plan (t,d) of policy's planner, or of its copy in another precision, with every draw given: noise (1 + draws, t, d)."""
     like = next(planner.normalizer.buffers())
     start, drawn = torch.from_numpy(noise[:1]).to(like), iter(torch.from_numpy(noise)[1:, None].to(like))
     plan = planner.plan({k: torch.from_numpy(np.array(obs[k], np.float32))[None].to(like) for k in policy.card.obs}, noise=start,
-                        prefix=torch.from_numpy(np.array(prefix, np.float32))[None].to(like), committed=committed, merge=merge, limit=policy.limit,
-                        prior=policy.prior, draw=lambda x: next(drawn))
+                        prefix=torch.from_numpy(np.array(prefix, np.float32))[None].to(like), committed=committed, merge=merge, warm=policy.warm,
+                        limit=policy.limit, prior=policy.prior, draw=lambda x: next(drawn))
     return plan[0].cpu().numpy()
 
 

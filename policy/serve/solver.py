@@ -8,7 +8,6 @@ import numpy as np
 
 from policy.timeline import CONTINUES, MERGES, soft_mask
 
-OFFERED = ("naive", "ensemble", "frozen", "identity")  # merges that need no gradient, and prefix where it was trained
 PARTS = ("taus", "alphas", "sigmas", "rows", "final")
 
 
@@ -16,8 +15,8 @@ PARTS = ("taus", "alphas", "sigmas", "rows", "final")
 class Solver:
     """Call i of the denoiser sees x = rows[i] . (noise, draws …, m_0 … m_{i-1}) at taus[i] and answers m_i, its estimate of the data.
 
-    final . (noise, draws …, m_0 … m_{n-1}) is the plan.   alphas, sigmas: of the path at taus.   draws: how many arrays of further noise it takes;
-    0 for a deterministic sampler.
+    final . (noise, draws …, m_0 … m_{n-1}) is the plan.   alphas, sigmas: of the path at taus.   draws: how many arrays it takes beside the first noise:
+    further noise, none for a deterministic sampler, and of a warm start (policy.serve.probe) the promised plan as the last.
     """
     taus: np.ndarray
     alphas: np.ndarray
@@ -44,7 +43,7 @@ class Solver:
         return solver
 
     def walk(self, step: Callable[[int, np.ndarray], np.ndarray], noise: np.ndarray) -> np.ndarray:
-        """The normalised plan (t,d).   noise: (1 + draws, t, d) standard normal.   step: (i, x (t,d)) -> m_i (t,d)."""
+        """The normalised plan (t,d).   noise: (1 + draws, t, d), see above.   step: (i, x (t,d)) -> m_i (t,d)."""
         size = noise.shape[1:]
         terms = np.empty((len(self.final), size[0] * size[1]), np.float32)
         at = len(noise)
@@ -71,8 +70,8 @@ def promised(solver: Solver, size: tuple[int, int], known: np.ndarray | None = N
              prior: float = 1.0) -> Promised:
     """known: (p,d) normalised actions promised from now on, the first `committed` for certain.   size: (t,d) of a plan.
 
-    identity is real-time chunking with 1 / (alpha + sigma) for the Jacobian, kappa = min(limit sigma, (alpha^2 prior^2 + sigma^2) / (alpha prior^2)), as
-    policy.diffusion.rtc has it.
+    guided and identity pull as policy.diffusion.rtc has it, kappa = min(limit sigma, (alpha^2 prior^2 + sigma^2) / (alpha prior^2)), guided through the
+    Jacobian in the step itself, identity with 1 / (alpha + sigma) for it.
     """
     (t, d), p = size, 0 if known is None else len(known)
     whole, mask, pull = np.zeros((t, d), np.float32), np.zeros((t, 1), bool), np.zeros((solver.calls, t, 1), np.float32)
@@ -80,10 +79,10 @@ def promised(solver: Solver, size: tuple[int, int], known: np.ndarray | None = N
         whole[:p] = known
     if merge in ("frozen", "prefix"):
         mask[:committed] = True
-    elif merge == "identity" and p:
+    elif merge in ("guided", "identity") and p:
         a, s = solver.alphas, solver.sigmas
         kappa = np.minimum(limit * s, (a**2 * prior**2 + s**2) / (np.maximum(a, 1e-4) * prior**2))
-        pull[:] = (kappa / (a + s))[:, None, None] * soft_mask(t, committed, p)[:, None]
+        pull[:] = (kappa if merge == "guided" else kappa / (a + s))[:, None, None] * soft_mask(t, committed, p)[:, None]
     return Promised(whole, mask, pull, merge == "prefix")
 
 
@@ -92,8 +91,7 @@ def check_prefix(prefix: np.ndarray | None, committed: int, merge: str, *, size:
     if merge not in MERGES:
         raise ValueError(f"merge {merge!r} is unknown; use one of {', '.join(MERGES)}")
     if merge not in merges:
-        why = ("needs the denoiser's gradient, which an export does not have: serve the run itself" if merge == "guided" else
-               "needs a policy trained with train.rtc")
+        why = "needs the denoiser's gradient, which this export has not: serve the run itself" if merge == "guided" else "needs a policy trained with train.rtc"
         raise ValueError(f"merge={merge} {why}, or use merge={', '.join(merges)}")
     if prefix is None or not len(prefix):
         if committed:

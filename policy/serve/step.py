@@ -32,14 +32,26 @@ class Step(nn.Module):
         super().__init__()
         self.denoiser, self.limits = planner.denoiser, limits(planner)
 
-    def forward(self, x: Tensor, tau: Tensor, cond: Tensor, known: Tensor, mask: Tensor, pull: Tensor) -> Tensor:
-        return self.around(self.denoiser(torch.where(mask, known, x), tau, Cond(cond)), known, mask, pull)
+    def forward(self, x: Tensor, tau: Tensor, cond: Tensor, known: Tensor, mask: Tensor, pull: Tensor, *time: Tensor) -> Tensor:
+        return self.around(self.estimate(torch.where(mask, known, x), tau, cond, *time), known, mask, pull)
+
+    def estimate(self, x: Tensor, tau: Tensor, cond: Tensor) -> Tensor:
+        """The denoiser alone."""
+        x0: Tensor = self.denoiser(x, tau, Cond(cond))
+        return x0
 
     def around(self, x0: Tensor, known: Tensor, mask: Tensor, pull: Tensor) -> Tensor:
-        x0 = x0 + pull * (known - x0)
+        return torch.where(mask, known, self.clipped(x0 + pull * (known - x0)))
+
+    def guided(self, x: Tensor, tau: Tensor, cond: Tensor, known: Tensor, pull: Tensor, *time: Tensor) -> Tensor:
+        """forward, where the pull goes through the denoiser's Jacobian, transposed (policy.diffusion.rtc.guided)."""
+        x0, back = torch.func.vjp(lambda x: self.estimate(x, tau, cond, *time), x)  # type: ignore[misc]
+        return self.clipped(x0 + back(pull * (known - x0))[0])
+
+    def clipped(self, x0: Tensor) -> Tensor:
         for limit in self.limits:
             x0 = x0.clamp(-limit, limit)
-        return torch.where(mask, known, x0)
+        return x0
 
 
 class SteeredStep(Step):
@@ -54,14 +66,13 @@ class SteeredStep(Step):
         assert net is not None
         self.unet, self.told = SteeredUNet1d(net), isinstance(self.denoiser.net, Prefix)
 
-    def forward(self, x: Tensor, tau: Tensor, cond: Tensor, known: Tensor, mask: Tensor, pull: Tensor, time: Tensor | None = None) -> Tensor:
+    def estimate(self, x: Tensor, tau: Tensor, cond: Tensor, time: Tensor | None = None) -> Tensor:
         assert time is not None
-        x = torch.where(mask, known, x)
         c_in, c_skip, c_out = self.denoiser.scales(x, tau)
         h = c_in * x
         if self.told:
             h = torch.cat([h, (tau == 0).to(h.dtype)[..., None]], -1)
-        return self.around(c_skip * x + c_out * self.unet(h, time + cond)[..., : x.shape[-1]], known, mask, pull)
+        return c_skip * x + c_out * self.unet(h, time + cond)[..., : x.shape[-1]]
 
 
 class Encode(nn.Module):
@@ -69,10 +80,11 @@ class Encode(nn.Module):
 
     def __init__(self, planner: Planner, films: Films | None):
         super().__init__()
-        self.normalizer, self.encoder, self.keys, self.films = planner.normalizer, planner.encoder, list(planner.spec.obs), films
+        self.transform, self.normalizer, self.encoder = planner.transform, planner.normalizer, planner.encoder
+        self.keys, self.films = list(planner.spec.obs), films
 
     def forward(self, *obs: Tensor) -> Tensor:
-        cond: Cond = self.encoder(self.normalizer.encode(dict(zip(self.keys, obs, strict=True))))
+        cond: Cond = self.encoder(self.normalizer.encode(self.transform.encode_obs(dict(zip(self.keys, obs, strict=True)))))
         return self.films.cond(cond) if self.films is not None else cond.tokens
 
 

@@ -1,8 +1,10 @@
 """An export plans as its planner does, with every network, runtime, sampler and merge; it needs no torch, and what is not right is told."""
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -14,9 +16,11 @@ from policy.diffusion import samplers as S
 from policy.diffusion.from_diffusers import scheduler
 from policy.diffusion.guides import smooth, tilt
 from policy.diffusion.path import VP, Linear, Table
-from policy.serve.artifact import Exported, load
+from policy.serve.artifact import load, write_card
 from policy.serve.backend import PlannerBackend
-from policy.serve.export import export
+from policy.serve.card import Card
+from policy.serve.export import export, host_of
+from policy.serve.exported import Exported
 from policy.serve.measure import PARITY, SENSITIVE, Difference, eager, exactly, parity
 from policy.serve.probe import tabulate
 from policy.types import Cond
@@ -54,12 +58,14 @@ def test_plans_as_the_planner_does_with_every_merge(made, case, format):
     policy, _, backend = made(case, format)
     horizon = policy.card.horizon
     found = parity(policy, backend, [asked(horizon, seed)[0] for seed in range(8)])
-    assert set(found) == {"naive", "ensemble", "frozen", "identity"} | ({"prefix"} if case == "told" else set())
+    assert set(found) == {"naive", "ensemble", "frozen", "guided", "identity"} | ({"prefix"} if case == "told" else set())
     assert max(max(one.normalised) for one in found.values()) < 2e-5, {m: max(one.normalised) for m, one in found.items()}
     obs, noise, prefix = asked(horizon, known=3)
     told = {merge: backend.plan(obs, noise=noise, prefix=prefix, committed=2, merge=merge) for merge in found}
     assert all(np.array_equal(told[m][:2], prefix[:2]) for m in found if m not in ("naive", "ensemble"))
     assert np.array_equal(told["naive"], backend.plan(obs, noise=noise)) and np.abs(told["frozen"] - told["naive"])[2:].max() > 1e-4
+    assert np.array_equal(backend.plan(obs, noise=noise, merge="guided"), told["naive"])  # nothing is promised
+    assert min(np.abs(told["guided"] - told[other])[2:].max() for other in ("naive", "identity")) > 1e-3
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -68,9 +74,8 @@ def test_with_every_sampler(made, sampler):
     planner = small(**CASES["mlp"])
     planner.set_sampler(*SAMPLERS[sampler])
     other = PlannerBackend(planner)
-    table = tabulate(planner)
-    again = Exported(backend.card, table, backend.shift, backend.scale, 0, encoder=backend.encoder, step=backend.step, time=backend.time)
-    found = parity(other, again, [asked(3, seed)[0] for seed in range(4)], draws=table.draws)
+    again = Exported(backend.card, host_of(other), backend.graphs)
+    found = parity(other, again, [asked(3, seed)[0] for seed in range(4)], draws=again.host.solver.draws)
     assert max(max(one.normalised) for one in found.values()) < 5e-5
     obs, noise, _ = asked(3)
     assert np.array_equal(again.plan(obs, noise=noise), again.plan(obs, noise=noise))
@@ -105,7 +110,7 @@ def test_torch_keeps_everything(tmp_path):
     spec = Spec({"x": (4,), "wrist.force": (2, 1)}, ACTIONS, 2, 7, 10.0)
     torch.manual_seed(0)
     planner = checkpoint.build(CONFIG, spec, Normalizer({**spec.obs, "action": (ACTIONS,)}))
-    policy = PlannerBackend(planner, limit=50.0, prior=0.3)
+    policy = PlannerBackend(planner, limit=50.0, prior=0.3, warm=0.7)
     export(policy, CONFIG, tmp_path, format="torch")
     backend = load(tmp_path)
     found = parity(policy, backend, [asked(seed=s)[0] for s in range(4)])
@@ -137,9 +142,9 @@ def copied(made, tmp_path):
 
 
 def edit(folder: Path, **facts) -> None:
-    card = json.loads((folder / "card.json").read_text())
-    card["facts"] |= facts
-    (folder / "card.json").write_text(json.dumps(card))
+    """A card that is whole and says something else."""
+    card = Card.from_json(json.loads((folder / "card.json").read_text()))
+    write_card(folder, replace(card, facts={**card.facts, **facts}))
 
 
 @pytest.mark.parametrize("file", ["step.onnx", "encoder.onnx", "solver.json"])
@@ -154,21 +159,59 @@ def test_a_changed_file_is_found(copied, file):
 def test_what_is_missing_or_foreign_is_told(copied, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not an export: it has no card\.json.*dipole export run="):
         load(tmp_path / "nothing")
-    card = json.loads((copied / "card.json").read_text())
-    for facts, words in (({"artifact": 99}, "written by a later dipole"), ({"format": "tflite"}, "names the format 'tflite'"),
-                         ({"files": {"../card.json": "0"}}, "vouch for|outside"), ({"files": {**card["facts"]["files"], "/etc/passwd": "0"}}, "outside"),
-                         ({"versions": {"onnxruntime": "999.1"}}, "pip install --upgrade 'onnxruntime>=999.1'")):
-        edit(copied, **{**card["facts"], **facts})
-        with pytest.raises(ValueError, match=words):
+    whole = (copied / "card.json").read_text()
+    facts = json.loads(whole)["facts"]
+    for change, words in (({"artifact": 99}, "layout 99.*pip install --upgrade dipole"), ({"artifact": 1}, "layout 1.*Export again"),
+                          ({"format": "tflite"}, "format tflite"), ({"files": {**facts["files"], "../card.json": "0"}}, "outside"),
+                          ({"files": {**facts["files"], "/etc/passwd": "0"}}, "outside"), ({"files": 3}, "layout"),
+                          ({"files": {}}, "does not hold a whole policy"),
+                          ({"versions": {"onnxruntime": "999.1"}}, "pip install --upgrade 'onnxruntime>=999.1'")):
+        edit(copied, **{**facts, **change})
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
             load(copied)
-    (copied / "card.json").write_text("{")
-    with pytest.raises(ValueError, match="not the card of an export"):
-        load(copied)
-    (copied / "card.json").write_text(json.dumps(card))
+    (copied / "card.json").write_text(whole)
     load(copied)
     (copied / "step.onnx").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks step\.onnx"):
         load(copied)
+
+
+@pytest.mark.parametrize("damage", [lambda t: "{", lambda t: "", lambda t: "[1]", lambda t: t[: len(t) // 2], lambda t: t.replace('"dt": 0.1', '"dt": 0.5'),
+                                    lambda t: t.replace('"horizon": 3', '"horizon": "3"'), lambda t: t.replace("sha256", "sha"), lambda t: "\x00" * len(t),
+                                    lambda t: t.replace('"version": 2', '"version": 1')])
+def test_a_damaged_card_is_one_line_that_names_it(copied, damage):
+    path = copied / "card.json"
+    text = path.read_text()
+    assert damage(text) != text
+    path.write_text(damage(text))
+    with pytest.raises(ValueError, match=r"card\.json is not the .*[Cc]opy the folder again, or export again: dipole export") as e:
+        load(copied)
+    assert "\n" not in str(e.value)
+
+
+def test_what_the_runtime_cannot_read_is_one_line(copied):
+    """A whole file of another kind: its sum is right, the runtime's own error is told with the file's name."""
+    (copied / "step.onnx").write_bytes(b"no graph")
+    facts = json.loads((copied / "card.json").read_text())["facts"]
+    edit(copied, files={**facts["files"], "step.onnx": hashlib.sha256(b"no graph").hexdigest()})
+    with pytest.raises(ValueError, match=r"step\.onnx cannot be read by onnxruntime .*dipole export run=") as e:
+        load(copied)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("case, sampler", [("told", "ddim"), ("mlp", "heun"), ("mlp", "ddpm")])
+def test_a_warm_start_leaves_torch_too(made, case, sampler):
+    _, _, cold = made(case, "onnx")  # the graphs know no sampler
+    planner = small(**CASES[case])
+    planner.set_sampler(*{**SAMPLERS, "ddim": (S.first_order, 6)}[sampler])
+    policy = PlannerBackend(planner, warm=0.6)
+    backend = Exported(cold.card, host_of(policy), cold.graphs)
+    horizon = planner.spec.horizon
+    found = parity(policy, backend, [asked(horizon, seed)[0] for seed in range(4)], draws=backend.host.solver.draws)
+    assert max(max(one.normalised) for one in found.values()) < 5e-5
+    assert backend.host.warm is not None and backend.host.warm.calls < backend.host.solver.calls
+    obs, noise, prefix = asked(horizon, known=3)
+    assert np.abs(backend.plan(obs, noise=noise, prefix=prefix) - backend.plan(obs, noise=noise)).max() > 1e-3
 
 
 def test_a_missing_runtime_names_its_pip_line(copied, monkeypatch):
@@ -178,7 +221,7 @@ def test_a_missing_runtime_names_its_pip_line(copied, monkeypatch):
 
 
 @pytest.mark.parametrize("policy, options, words", [
-    (lambda: tilted(), {}, "guide tilt cannot leave torch.*guide=clip"), (lambda: PlannerBackend(small(), warm=0.5), {}, "control.warm=null"),
+    (lambda: tilted(), {}, "guide tilt cannot leave torch.*guide=clip"), (lambda: PlannerBackend(small(), warm=0.01), {}, "control.warm=0.01 lies below"),
     (lambda: PlannerBackend(small()), {"precision": "bf16"}, "bf16 is for format=openvino and torch"),
     (lambda: PlannerBackend(small()), {"format": "tflite"}, "use one of onnx, openvino, torch"), (lambda: half_seen(), {}, "leaves out tokens")])
 def test_what_cannot_be_exported_is_told(policy, options, words, tmp_path):
@@ -206,13 +249,13 @@ def test_wrong_observations_are_told(made):
         backend.plan({"x": obs["x"]}, noise=noise)
     with pytest.raises(ValueError, match=r"'x' must be \(2, 4\), got \(4, 2\)"):
         backend.plan({**obs, "x": obs["x"].T}, noise=noise)
-    with pytest.raises(ValueError, match="serve the run itself"):
-        backend.plan(obs, noise=noise, prefix=prefix, merge="guided")
+    with pytest.raises(ValueError, match=r"needs a policy trained with train\.rtc"):
+        backend.plan(obs, noise=noise, prefix=prefix, merge="prefix")
 
 
 def test_parity_finds_a_wrong_export(made):
     policy, _, backend = made("mlp", "onnx")
-    wrong = Exported(backend.card, backend.solver, backend.shift, backend.scale * 1.001, 0, encoder=backend.encoder, step=backend.step, time=backend.time)
+    wrong = Exported(backend.card, replace(backend.host, scale=backend.host.scale * 1.001), backend.graphs)
     found = parity(policy, wrong, [asked(3, seed)[0] for seed in range(4)])
     assert min(one.excess for one in found.values()) > 1
     assert max(one.excess for one in parity(policy, backend, [asked(3)[0]]).values()) < 0.3
