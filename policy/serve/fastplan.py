@@ -3,7 +3,7 @@
 The answers are PlannerBackend's to rounding. What is not covered (guided, other guides than clip) goes the ordinary way.
 """
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,27 +28,32 @@ class FastPlan:
         planner = ordinary.planner
         self.ordinary, self.card, self.planner, self.lock = ordinary, ordinary.card, planner, threading.Lock()
         self.size = planner.size
-        self.loop: CpuLoop | GraphLoop | None = None
-        self.lacks = uncovered(planner) if ordinary.warm is None else "it has no warm start"
-        if not self.lacks:
-            solver = tabulate(planner)
-            self.loop = GraphLoop(planner, solver) if self.ordinary.device.type == "cuda" else CpuLoop(planner, solver)
+        self.lacks, kind = uncovered(planner), GraphLoop if ordinary.device.type == "cuda" else CpuLoop
+        starts = [] if self.lacks else [None] if ordinary.warm is None else [None, ordinary.warm]
+        self.loops: Sequence[CpuLoop | GraphLoop] = [kind(planner, tabulate(planner, warm)) for warm in starts]
 
     @torch.inference_mode()
     def plan(self, obs: Mapping[str, np.ndarray], *, noise: np.ndarray | None = None, prefix: np.ndarray | None = None, committed: int = 0,
              merge: str = "naive") -> np.ndarray:
         """See Backend."""
-        if self.loop is None or merge == "guided":
+        if not self.loops or merge == "guided":
             return self.ordinary.plan(obs, noise=noise, prefix=prefix, committed=committed, merge=merge)
-        planner, device, solver = self.planner, self.ordinary.device, self.loop.solver
+        planner, device, loop = self.planner, self.ordinary.device, self.loops[0]
         size = (planner.spec.horizon, planner.spec.action_dim)
         known = check_prefix(prefix, committed, merge, size=size, merges=tuple(self.card.merges), rtc=planner.rtc)
         seen = {k: torch.from_numpy(np.array(obs[k], np.float32))[None].to(device) for k in planner.spec.obs}
         cond = planner.encode(seen)
-        noises = self._noises(noise, solver.draws)
-        near = None if known is None else planner.encode_actions(torch.from_numpy(known).to(device), seen)[0].cpu().numpy()
+        noises, near = self._noises(noise, loop.solver.draws), None
+        if known is not None:
+            near = planner.encode_actions(torch.from_numpy(known)[None].to(device), seen)[0].cpu().numpy()
+            if loop is not self.loops[-1]:
+                loop = self.loops[-1]
+                whole = torch.from_numpy(np.concatenate([known, np.repeat(known[-1:], size[0] - len(known), 0)]))[None].to(device)
+                guess = planner.encode_actions(whole, seen, torch.arange(size[0], device=device)[None] < len(known))
+                noises = torch.cat([noises[: loop.solver.draws], guess.cpu()])
+        told = promised(loop.solver, self.size, near, committed, merge, limit=self.ordinary.limit, prior=self.ordinary.prior)
         with self.lock:
-            x = self.loop.walk(cond, noises, promised(solver, self.size, near, committed, merge, limit=self.ordinary.limit, prior=self.ordinary.prior))
+            x = loop.walk(cond, noises, told)
             actions: np.ndarray = planner.decode_actions(x[None], seen)[0].float().cpu().numpy()
         return kept(actions, known, committed, merge)
 

@@ -23,8 +23,8 @@ def apart(planner, a: np.ndarray, b: np.ndarray) -> float:
     return float((np.abs(a - b) / (high - low) * 2).max())
 
 
-def agree(planner, fast: FastPlan, merges=MERGES, tolerance: float = 1e-5, known: int = 5) -> None:
-    ordinary = PlannerBackend(planner)
+def agree(planner, fast: FastPlan, merges=MERGES, tolerance: float = 1e-5, known: int = 5, warm: float | None = None) -> None:
+    ordinary = PlannerBackend(planner, warm=warm)
     for seed, merge in enumerate([*merges, "naive"]):  # the last shows that nothing stays behind
         obs, noise, prefix = asked(planner.spec.horizon, seed, known)
         told = {"noise": noise, "prefix": prefix, "committed": min(2, known), "merge": merge}
@@ -41,6 +41,18 @@ def test_plans_as_the_planner_does(options):
     fast = FastPlan(PlannerBackend(planner))
     assert not fast.lacks
     agree(planner, fast)
+
+
+@pytest.mark.parametrize("options", [{"steps": 6}, {"sampler": S.heun, "rtc": 3, "horizon": 8}, {"sampler": partial(S.first_order, eta=1.0), "steps": 6}])
+def test_a_warm_start_is_as_quick(options):
+    planner = small(**options)
+    fast = FastPlan(PlannerBackend(planner, warm=0.6))
+    assert not fast.lacks and fast.loops[1].solver.calls < fast.loops[0].solver.calls
+    agree(planner, fast, warm=0.6)
+    obs, noise, prefix = asked(planner.spec.horizon)
+    cold = FastPlan(PlannerBackend(planner))
+    assert apart(planner, fast.plan(obs, noise=noise, prefix=prefix), cold.plan(obs, noise=noise, prefix=prefix)) > 1e-3
+    assert np.array_equal(fast.plan(obs, noise=noise), cold.plan(obs, noise=noise))
 
 
 def test_a_policy_that_is_told_its_prefix():
@@ -71,7 +83,7 @@ def test_the_settings_of_guidance_count():
 
 
 @pytest.mark.parametrize("make, why", [
-    (lambda: PlannerBackend(small("dit")), "unet1d"), (lambda: PlannerBackend(small(), warm=0.5), "warm start"),
+    (lambda: PlannerBackend(small("dit")), "unet1d"),
     (lambda: PlannerBackend(tilted()), "guide tilt"), (lambda: PlannerBackend(hurried()), "fp32 alone")])
 def test_what_it_cannot_hasten_goes_the_ordinary_way(make, why):
     ordinary = make()
@@ -119,7 +131,7 @@ def test_wrong_arguments_are_told():
 def test_the_loop_of_gpus_is_the_planner_too(net, rtc):
     planner = small(net, 8, rtc=rtc, sampler=partial(S.first_order, eta=0.5))
     fast = FastPlan(PlannerBackend(planner))
-    fast.loop = GraphLoop(planner, tabulate(planner))  # without a GPU it runs as it would be captured
+    fast.loops = [GraphLoop(planner, tabulate(planner))]  # without a GPU it runs as it would be captured
     agree(planner, fast, ("naive", "frozen", "identity", *(("prefix",) if rtc else ())))
 
 
@@ -128,5 +140,5 @@ def test_the_loop_of_gpus_is_the_planner_too(net, rtc):
 def test_a_captured_graph_plans_as_the_planner_does(net):
     planner = small(net, 8).to("cuda")
     fast = FastPlan(PlannerBackend(planner))
-    assert isinstance(fast.loop, GraphLoop) and fast.loop.graph is not None
+    assert isinstance(fast.loops[0], GraphLoop) and fast.loops[0].graph is not None
     agree(planner, fast, tolerance=1e-4)
