@@ -99,15 +99,17 @@ def damaged(path, change):
     (lambda f: f["data"].create_group("demo_11"), r"data/demo_11 has neither actions nor states"),
     (lambda f: f["data/demo_0"].create_dataset("ragged", (5,), h5py.vlen_dtype("f4")), r"data/demo_0/ragged holds objects"),
     (lambda f: f["data/demo_0"].create_dataset("ref", (5,), h5py.ref_dtype), r"data/demo_0/ref holds objects"),
-    (lambda f: f["data/demo_0"].__setitem__("away", h5py.ExternalLink("gone.hdf5", "/x")), r"data/demo_0/away lies in another file"),
+    (lambda f: f["data/demo_0"].__setitem__("away", h5py.ExternalLink("other.hdf5", "/x")), r"data/demo_0/away lies in another file"),
     (lambda f: f["data/demo_0"].__setitem__("gone", h5py.SoftLink("/nowhere")), r"data/demo_0/gone lies in another file, or nowhere"),
     (lambda f: f["data/demo_0"].create_dataset("secret", (5,), "u1", external=[("/etc/passwd", 0, 5)]), r"data/demo_0/secret lies in another file"),
     (lambda f: f["data/demo_0"].__setitem__("loop", f["data/demo_0"]), r"holds a link to itself"),
 ])
 def test_a_robomimic_file_that_cannot_be_read_says_where(robomimic, tmp_path, change, message):
+    with h5py.File(tmp_path / "other.hdf5", "w") as f:
+        f["x"] = np.zeros(5)
     with pytest.raises(DataError, match=message):
         convert(damaged(robomimic, change), tmp_path / "a.zarr")
-    assert [p.name for p in tmp_path.iterdir()] == ["lift.hdf5"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lift.hdf5", "other.hdf5"]
 
 
 def test_a_truncated_file_is_told(robomimic, tmp_path):
