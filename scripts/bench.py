@@ -1,4 +1,4 @@
-"""Measure beside a baseline in one run, or fill the table of tasks: dipole bench train, samplers, rollout, suite, family, modes, seams, deploy, experts."""
+"""Measure beside a baseline in one run, or fill a table: dipole bench train, samplers, rollout, suite, family, modes, seams, deploy, data, experts."""
 import importlib
 import json
 import os
@@ -18,7 +18,7 @@ from scripts.verb import verb
 BENCHES = {"train": "scripts.bench_train", "samplers": "scripts.bench_samplers", "rollout": "scripts.bench_rollout", "suite": "scripts.suite",
            "family": "scripts.bench_family", "modes": "scripts.bench_modes",
            "seams": "scripts.bench_seams", "deploy": "scripts.bench_deploy",
-           "experts": "scripts.bench_experts"}
+           "experts": "scripts.bench_experts", "data": "scripts.bench_data"}
 
 
 @verb("bench")

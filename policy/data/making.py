@@ -19,10 +19,11 @@ from policy.data.files import DataError
 ENDS = "meta/episode_ends"
 CHUNK_BYTES, CHUNK_STEPS, CHUNKS_PER_SHARD = 2**18, 1024, 16  # a random window decodes one chunk; an append rewrites at most one shard
 ENDS_CHUNK = 8192
-# Push-T images, eight a chunk: zstd 3 makes them 95 times smaller and decodes 1.7 GB/s, Blosc's zstd 116 times at 2.6 GB/s, its lz4 29 to 37 times at
-# 7 GB/s; shuffling bytes changes nothing, shuffling bits costs half of it (LOG.md). zstd alone has checksums: a flipped bit in a demonstration must not
-# become a motion.
-CODEC = ZstdCodec(level=3, checksum=True)
+# zstd has checksums, Blosc's codecs have none: a flipped bit in a demonstration must not become a motion. Images in level 1, eight of 96 x 96 x 3 a chunk, one
+# thread (`dipole bench data`, LOG.md): Push-T's 83 times smaller, decoded at 2.0 GB/s (level 3: 95 times), noisy ones 2.1 times smaller, written at 120 and
+# decoded at 420 MB/s (level 3: 2.5 times, 70 and 320 MB/s). Shuffling bytes changes nothing for uint8, shuffling bits halves what Push-T gains.
+NUMBERS, IMAGES = ZstdCodec(level=3, checksum=True), ZstdCodec(level=1, checksum=True)
+IMAGE_BYTES = 4096  # of a frame of uint8
 
 
 def make(path: Path, schema: Mapping[str, tuple[Sequence[int], DTypeLike]], attributes: Mapping[str, Any], video: Mapping[str, Any]) -> None:
@@ -66,7 +67,7 @@ def _create_array(root: zarr.Group, name: str, shape: tuple[int, ...], dtype: np
     frame = max(1, math.prod(shape) * dtype.itemsize)
     steps = 2 ** min(int(math.log2(CHUNK_STEPS)), max(0, int(math.log2(max(1, CHUNK_BYTES // frame)))))
     root.create_array(name, shape=(0, *shape), chunks=(steps, *shape), shards=(steps * CHUNKS_PER_SHARD, *shape), dtype=dtype,
-                      compressors=CODEC, fill_value=0)
+                      compressors=IMAGES if dtype == np.uint8 and frame >= IMAGE_BYTES else NUMBERS, fill_value=0)
 
 
 def _umask() -> int:
