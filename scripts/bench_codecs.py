@@ -21,7 +21,7 @@ CODECS = {"zstd 1": Zstd(1, checksum=True), "zstd 3": Zstd(3, checksum=True), "z
 def codecs(path: str | None, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     """{images: {codec: ratio, write and read bytes/s, psnr [dB]}} of Push-T's images, where a store that has them is named, and of synthetic ones."""
     rng, camera = np.random.default_rng(0), Camera()
-    images = {"synthetic": np.concatenate([camera.episode(rng)["image"] for _ in range(6)])[:FRAMES]}
+    images = {"synthetic": np.concatenate([camera.episode(rng, 200)["image"] for _ in range(6)])[:FRAMES]}
     if path and "img" in Store.open(path).keys:
         images["Push-T"] = np.rint(Store.open(path).read("img", 0, FRAMES)).astype(np.uint8)
     threads, blosc.use_threads = blosc.use_threads, False

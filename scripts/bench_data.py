@@ -218,6 +218,7 @@ def headline(rows: dict[str, Any]) -> str:
     if "access" in rows:
         words.append(f"streamed windows {rows['access']['ratio']:.0%} of those in memory")
     if "train" in rows:
-        words.append(f"{rows['images']['bytes'] / 1e9:.3g} GB of images ({rows['images']['ratio']:.1f} times smaller on disk) train at {rows['train']['ratio']:.0%} of the rate in memory within "
-                     f"{rows['train']['streamed']['peak_rss'] / 1e9:.2f} GB")
+        made = rows["images"]
+        words.append(f"{made['bytes'] / 1e9:.3g} GB of images ({made['ratio']:.1f} times smaller on disk) train at {rows['train']['ratio']:.0%} of the rate "
+                     f"in memory within {rows['train']['streamed']['peak_rss'] / 1e9:.2f} GB")
     return "; ".join(words)

@@ -35,7 +35,7 @@ class Camera:
         self.texture, self.size = texture.astype(np.uint8), size
         self.noise = rng.integers(0, NOISE, (64, SIDE + 64, SIDE, 3)).astype(np.uint8)
 
-    def episode(self, rng: np.random.Generator, steps: int = STEPS) -> dict[str, np.ndarray]:
+    def episode(self, rng: np.random.Generator, steps: int) -> dict[str, np.ndarray]:
         """image (n, SIDE, SIDE, 3), state (n, 4) place and speed [px, px/step], action (n, 2) the place to go to."""
         t = np.arange(steps + 1)[:, None]
         at = self.size / 2 + (self.size / 2 - SIDE) * np.sin(rng.uniform(0.01, 0.06, 2) * t + rng.uniform(0, 6, 2)) * rng.uniform(0.3, 1, 2)
@@ -56,7 +56,7 @@ def generate(path: Path, size: int, progress: Progress) -> dict[str, Any]:
     task, camera, start = progress.add_task("make images", total=episodes, completed=store.episodes, note=""), Camera(), time.perf_counter()
     made = -store.episodes
     while store.episodes < episodes:
-        store.extend(camera.episode(np.random.default_rng([1, store.episodes + k])) for k in range(min(WRITE, episodes - store.episodes)))
+        store.extend(camera.episode(np.random.default_rng([1, store.episodes + k]), STEPS) for k in range(min(WRITE, episodes - store.episodes)))
         progress.update(task, completed=store.episodes)
     made += store.episodes
     whole = store.steps * SIDE * SIDE * 3
