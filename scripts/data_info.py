@@ -12,7 +12,7 @@ from scripts.verb import verb
 def info(path: str, out: str | None) -> Path:
     store = Store.open(path)
     console.print(describe(store), highlight=False, markup=False)
-    picture = Path(out or f"{path.rstrip('/')}.png")
+    picture = Path(out or (f"{path.rstrip('/')}.png" if store.local else f"{store.path.name}.png"))
     draw(store, picture)
     return picture
 
