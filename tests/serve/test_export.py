@@ -19,11 +19,13 @@ from policy.diffusion.path import VP, Linear, Table
 from policy.serve.artifact import load, write_card
 from policy.serve.backend import PlannerBackend
 from policy.serve.card import Card
+from policy.serve.client import PlannerClient
 from policy.serve.export import export, host_of
 from policy.serve.exported import Exported
 from policy.serve.measure import PARITY, SENSITIVE, Difference, eager, exactly, parity
 from policy.serve.probe import tabulate
 from policy.types import Cond
+from tests.serve.far import Far
 from tests.serve.small import ACTIONS, asked, small
 
 pytest.importorskip("onnxscript", reason="pip install 'dipole[export]'")
@@ -100,6 +102,28 @@ assert not [m for m in sys.modules if m.split(".")[0] in ("torch", "diffusers", 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.load(tmp_path / "plan.npy"), policy.plan(obs, noise=noise, prefix=prefix, committed=2, merge="frozen"), atol=1e-5)
+
+
+def test_dipole_serve_needs_no_torch_for_an_export(made):
+    """As dipole[deploy,onnx] has it: the command in a process that cannot import what only planners need."""
+    pytest.importorskip("prometheus_client", reason="pip install 'dipole[deploy]'")
+    policy, folder, _ = made("unet1d", "onnx")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(["torch", "diffusers", "safetensors", "gymnasium", "mujoco"]))
+sys.argv = ["dipole", "serve", "artifact={folder}", "port=0"]
+from scripts.cli import main
+main()"""
+    far = Far([sys.executable, "-c", code])
+    try:
+        obs, noise, _ = asked()
+        with PlannerClient(far.url) as client:
+            np.testing.assert_allclose(client.plan(obs, noise=noise, timeout=30).actions, policy.plan(obs, noise=noise), atol=1e-5)
+            assert client.wait_ready(1).facts["format"] == "onnx"
+        assert far.end() == 0
+    finally:
+        far.process.kill()
+        far.process.stdout.close()
 
 
 def test_torch_keeps_everything(tmp_path):
