@@ -32,16 +32,16 @@ test: $(STAMP) ## run the fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 realtime: $(STAMP) ## run what needs the clock, alone: faults of planner, bridge and robot, drivers, the served policy
-	$(BIN)/python -m pytest -m 'slow and not ros and not franka' --ignore=tests/serve/test_export.py tests/serve $(ARGS)
-	$(BIN)/python -m pytest -m slow tests/serve/test_export.py
+	$(BIN)/python -m pytest -m 'slow and not ros and not franka' --ignore=tests/serve/test_export.py --ignore=tests/serve/test_export_transformed.py tests/serve $(ARGS)
+	$(BIN)/python -m pytest -m slow tests/serve/test_export.py tests/serve/test_export_transformed.py
 
 check: $(STAMP) ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 all: check ## check, then every test, the slow ones too
-	$(BIN)/python -m pytest -m 'slow or not slow' --ignore=tests/serve/test_export.py $(ARGS)
-	$(BIN)/python -m pytest -m 'slow or not slow' tests/serve/test_export.py
+	$(BIN)/python -m pytest -m 'slow or not slow' --ignore=tests/serve/test_export.py --ignore=tests/serve/test_export_transformed.py $(ARGS)
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/serve/test_export.py tests/serve/test_export_transformed.py
 
 clean: ## remove .venv, caches and builds; outputs/ and data stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis MUJOCO_LOG.TXT
