@@ -119,6 +119,16 @@ def test_switches_and_counters_are_no_jumps(spotless):
     assert found["episode_index"].code == "missed_border" and str(found["episode_index"].places[0]) == "episode 6, step 50 (+1)"
 
 
+def test_what_rests_at_its_end_or_counts_in_coarse_steps_is_not_clipped(spotless):
+    """A hand that closes smoothly and stays closed; a dial that goes to and fro in steps of 5 %."""
+    data = spotless.copy("joints", "action")
+    t = np.arange(len(data.arrays["joints"]))
+    closing = ((t % 200) / 25).clip(0, 1) - ((t % 200 - 100) / 25).clip(0, 1)
+    data.arrays["hand"] = (0.04 * (1 - np.cos(np.pi * closing)) / 2).astype(np.float32)
+    data.arrays["dial"] = (np.abs(t % 44 - 22) / 22).astype(np.float32)
+    assert reported(data, skip=["jumps"]) == set()
+
+
 def test_a_clock_within_a_state_is_known_by_its_pace(spotless):
     data = spotless.copy()
     data.arrays["states"] = np.concatenate([data.arrays.pop("timestamp")[:, None], data.arrays["joints"]], axis=1)

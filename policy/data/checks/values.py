@@ -120,17 +120,9 @@ def clipped(data: Data) -> list[Finding]:
         lo, hi = lo.min(axis=0), hi.max(axis=0)
         found: list[tuple[int, float, float]] = []
         for c in np.flatnonzero(scales.moves & ~scales.few):
-            x, width = sample[:, c], (hi[c] - lo[c]) / 200
-            inside = x[(x > lo[c]) & (x < hi[c])]
-            shares: list[float] = []
-            for end, near in ((lo[c], inside < lo[c] + width), (hi[c], inside > hi[c] - width)):
-                at = x == end
-                # A channel that rests at its end (a closed hand, a start pose) is not cut off: it stays there without having run into it.
-                arrives = at[1:] & ~at[:-1]
-                cut = at.mean() >= AT_LIMIT and at.sum() > DENSER * max(1, near.sum()) and runs_into(x, at, arrives, width)
-                shares.append(float(at.mean()) if cut else 0.0)
-            if max(shares):
-                found.append((int(c), shares[0], shares[1]))
+            low, high = (cut_off(sample[:, c], float(end), float(hi[c] - lo[c])) for end in (lo[c], hi[c]))
+            if max(low, high):
+                found.append((int(c), low, high))
         if found:
             worst = max(max(f[1:]) for f in found)
             said = "; ".join(f"[{c}] {100 * a:.0f} % at {lo[c]:.4g}, {100 * b:.0f} % at {hi[c]:.4g}" for c, a, b in found[:4])
@@ -140,15 +132,24 @@ def clipped(data: Data) -> list[Finding]:
     return out
 
 
-def runs_into(x: NDArray[np.floating], at: NDArray[np.bool_], arrives: NDArray[np.bool_], width: float) -> bool:
-    """Whether it arrives at the end with speed: the step to the end is no smaller than the steps before it, which a controller would slow down."""
-    i = np.flatnonzero(arrives[1:]) + 1
-    i = i[i >= 2]
-    i = i[~at[i - 1]]
+def cut_off(x: NDArray[np.floating], end: float, span: float) -> float:
+    """The share of x (n,) that is exactly `end`, or 0 where that is no wonder: as many are beside it, or it comes to rest there like a closing hand."""
+    at = x == end
+    if at.mean() < AT_LIMIT:
+        return 0.0
+    near = np.unique(x[np.abs(x - end) < 0.1 * span])
+    width = max(span / 200, 2.5 * float(np.diff(near).min())) if len(near) > 1 else span / 200  # a coarse dial has few values
+    beside = int((np.abs(x - end) <= width).sum() - at.sum())
+    return float(at.mean()) if at.sum() > DENSER * max(1, beside) and runs_into(x, at, width) else 0.0
+
+
+def runs_into(x: NDArray[np.floating], at: NDArray[np.bool_], width: float) -> bool:
+    """Whether it arrives with speed: the last whole step is hardly shorter than the one before, where a controller would slow down."""
+    i = np.flatnonzero(at[3:] & ~at[2:-1] & ~at[1:-2] & ~at[:-3]) + 3
     if len(i) < 3:
         return False
-    last, before = np.abs(x[i + 1] - x[i]), np.abs(x[i] - x[i - 1])
-    return bool(np.median(last / (before + 1e-12)) > 0.3 and np.median(before) > 0.2 * width)
+    last, before = np.abs(x[i - 1] - x[i - 2]), np.abs(x[i - 2] - x[i - 3])
+    return bool(np.median(last / (before + 1e-12)) > 0.8 and np.median(last) > 0.2 * width)
 
 
 def outlier(data: Data) -> list[Finding]:
