@@ -21,10 +21,12 @@ class Pool:
         self._threads: list[threading.Thread] = []
         self._change, self._stop = threading.Condition(), False
         self._error: Exception | None = None
+        self.followed: Schedule | None = None
 
     def follow(self, schedule: Schedule, start: int) -> None:
         """Read what the draws from `start` on need, in that order. What was followed before is over."""
         self.close()
+        self.followed = schedule
         for slot in range(self.slots):
             self._users[slot] = 0
             if not self._complete[slot]:

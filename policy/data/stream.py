@@ -163,12 +163,13 @@ class StreamedEpoch(Epoch):
     def batch(self, lo: int, hi: int) -> Batch:
         if lo < self._at:
             return super().batch(lo, hi)
-        if lo != self._at:
+        if lo != self._at or self._pool.followed is not self._plan:  # the first batch, one further on, or another epoch came between
             self._pool.follow(self._plan, lo)
         data, self._at = self._streamed, hi
         index = self.order[lo:hi]
         batch = data.batch(index, only=data.resident)
-        offset = data._past_of(index) - index[:, None] + torch.from_numpy(data._absolute(index.numpy()) - data._base[data._block_of[index]])[:, None]
+        back = data._past_of(index.to(data.device)).cpu() - index[:, None]  # frames of history behind each window's own, 0 or less
+        offset = back + torch.from_numpy(data._absolute(index.numpy()) - data._base[data._block_of[index]])[:, None]  # in the slot
         out = {name: torch.empty(len(index), data.t_obs, *x.shape[1:], dtype=x.dtype, pin_memory=data.device.type == "cuda")
                for name, x in data.streamed.items()}
         at = lo

@@ -68,6 +68,8 @@ def test_the_same_windows(store, how, memory):
         middle = streamed.epoch(seed)
         same(resident.batch(epoch.order[20:40]), middle.batch(20, 40))  # from the middle, as resume does
         same(resident.batch(epoch.order[43:50]), middle.batch(43, 50))
+        same(resident.batch(epoch.order[50:60]), epoch.batch(50, 60))  # while the other one is not done
+        same(resident.batch(epoch.order[50:60]), middle.batch(50, 60))
         middle.close()
 
 
