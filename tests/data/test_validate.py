@@ -129,6 +129,16 @@ def test_what_rests_at_its_end_or_counts_in_coarse_steps_is_not_clipped(spotless
     assert reported(data, skip=["jumps"]) == set()
 
 
+def test_two_axes_of_a_hand_that_points_down_are_no_quaternion(spotless):
+    data = spotless.copy("joints", "action")
+    x = smooth(np.random.default_rng(3), len(data.arrays["joints"]), 3)
+    a = np.stack([np.cos(x[:, 0]), np.sin(x[:, 0]), 3 * np.maximum(0, x[:, 1] - np.quantile(x[:, 1], 0.95))], axis=1)
+    a /= np.linalg.norm(a, axis=1, keepdims=True)
+    b = np.cross(np.stack([0.02 * x[:, 2], 0 * x[:, 2], -np.ones(len(x))], axis=1), a)
+    data.arrays["hand_axes"] = np.concatenate([a, b / np.linalg.norm(b, axis=1, keepdims=True)], axis=1).astype(np.float32)
+    assert reported(data, skip=["jumps"]) == set()
+
+
 def test_a_clock_within_a_state_is_known_by_its_pace(spotless):
     data = spotless.copy()
     data.arrays["states"] = np.concatenate([data.arrays.pop("timestamp")[:, None], data.arrays["joints"]], axis=1)

@@ -11,6 +11,7 @@ from policy.data.checks.relate import rates
 from policy.page import counted
 
 UNIT = 1e-2      # a norm this far from 1 is no rotation any more
+FAR = 0.1        # the same where nobody says that it is one
 SURE = 2e-3      # four channels whose norm is this close to 1, in nearly every frame, are a quaternion
 TURNS = ((2 * np.pi, "rad"), (360.0, "degrees"))
 
@@ -32,7 +33,7 @@ def of_quaternion(data: Data, key: str, at: int) -> list[Finding]:
         q = block.values[:, at:at + 4].astype(np.float64)
         with np.errstate(invalid="ignore"):
             norm = np.linalg.norm(q, axis=1)
-            off = np.abs(norm - 1) > UNIT
+            off = np.abs(norm - 1) > (UNIT if at in named(data, key) else FAR)
             off[:block.fresh] = False
             flip = ~block.first[1:] & ((q[1:] * q[:-1]).sum(axis=1) < -0.5 * norm[1:] * norm[:-1])
         if off.any():
@@ -56,20 +57,38 @@ def quaternion_groups(data: Data, key: str) -> list[int]:
     def look() -> list[int]:
         x, width = data.sample(key).values, data.width(key)
         few = data.scales(key).few  # one axis at a time of a keyboard has norm 1 too
-        said = [0] if width == 4 and re.search("quat|orientation|rotation", key.lower()) else []
-        if key == data.action and data.semantics.rotation in ("quaternion_xyzw", "quaternion_wxyz"):
-            said.append(data.semantics.parts["rotation"][0])
+        said = named(data, key)
         seen, c = [], 0
+        columns = frames_of_axes(x)
         while c + 4 <= width and len(x) >= 20:
             part = x[:, c:c + 4].astype(np.float64)
             sure = (np.abs(np.linalg.norm(part, axis=1) - 1) < SURE).mean()
             turns = part.std(axis=0) > 1e-4
-            if sure > 0.9 and turns.sum() >= 2 and not (turns & few[c:c + 4]).any() and c not in said:
+            if sure > 0.9 and turns.sum() >= 2 and not (turns & few[c:c + 4]).any() and c not in said and not columns & {c, c + 1, c + 2, c + 3}:
                 seen.append(c)
                 c += 3
             c += 1
         return sorted({*said, *seen})
     return data.once("quaternions", key, look)
+
+
+def named(data: Data, key: str) -> list[int]:
+    """First channels of quaternions that are said to be some."""
+    said = [0] if data.width(key) == 4 and re.search("quat|orientation|rotation", key.lower()) else []
+    if key == data.action and data.semantics.rotation in ("quaternion_xyzw", "quaternion_wxyz"):
+        said.append(data.semantics.parts["rotation"][0])
+    return said
+
+
+def frames_of_axes(x: NDArray[Any]) -> set[int]:
+    """Channels of two unit vectors side by side, at right angles: of a 6-D rotation or a matrix, of which four may look like a quaternion."""
+    found: set[int] = set()
+    for c in range(x.shape[1] - 5):
+        a, b = x[:, c:c + 3].astype(np.float64), x[:, c + 3:c + 6].astype(np.float64)
+        unit = (np.abs(np.linalg.norm(a, axis=1) - 1) < SURE) & (np.abs(np.linalg.norm(b, axis=1) - 1) < SURE) & (np.abs((a * b).sum(axis=1)) < SURE)
+        if len(x) and unit.mean() > 0.9:
+            found |= set(range(c, c + 6))
+    return found
 
 
 def wraps(data: Data) -> list[Finding]:
