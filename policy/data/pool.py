@@ -20,7 +20,7 @@ class Pool:
         self._users = [0] * slots  # readings that still need it
         self._threads: list[threading.Thread] = []
         self._change, self._stop = threading.Condition(), False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self.followed: Schedule | None = None
 
     def follow(self, schedule: Schedule, start: int) -> None:
@@ -80,7 +80,7 @@ class Pool:
                     self._complete[slot] = True
                     self.reads += 1
                     self._advance()
-        except Exception as e:
+        except BaseException as e:  # a panic in a library of Rust's is no Exception, and a batch that waits must hear of it
             with self._change:
                 self._error = e
                 self._change.notify_all()

@@ -94,11 +94,12 @@ def test_a_pool_has_what_is_drawn_from_wherever_it_starts(count, size, live, rea
         pool.close()
 
 
-def test_a_reader_that_fails_is_heard():
+@pytest.mark.parametrize("kind", [OSError, BaseException])
+def test_a_reader_that_fails_is_heard(kind):
     def read(block, slot):
-        raise OSError("the disk is gone")
+        raise kind("the disk is gone")
     pool = Pool(3, read, 2)
     pool.follow(schedule(blocks_of(9, 4), 2, 0), 0)
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(kind, match="the disk is gone"):
         pool.take(0)
     pool.close()
