@@ -26,7 +26,8 @@ def shape(x: Tensor, axes: str, /, **known: int) -> tuple[int, ...]:
 class Spec:
     """What a policy sees and does; saved with every checkpoint and compared with the robot or task it is put on.
 
-    obs: {key: shape of one time step}.   t_obs: observation history.   horizon: steps in a predicted chunk.   fps: control rate [Hz].
+    obs: {key: shape of one time step}.   action_dim: channels of an action, as the robot is sent it, whatever transforms show the network.
+    t_obs: observation history.   horizon: steps in a predicted chunk.   fps: control rate [Hz].
     """
     obs: dict[str, tuple[int, ...]]
     action_dim: int

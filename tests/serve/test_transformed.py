@@ -1,11 +1,15 @@
 """Policies with transforms behind the wire and planned fast: the same physical plans, promises measured from where the robot is now."""
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from policy.data import Normalizer, statistics
+from policy.data.meaning import described
 from policy.data.transform import Transform
 from policy.diffusion.denoiser import Denoiser
 from policy.diffusion.guides import clip
@@ -17,6 +21,8 @@ from policy.serve.backend import PlannerBackend
 from policy.serve.fastplan import FastPlan
 from policy.serve.packing import WireError
 from policy.serve.wire import Observation, fit
+from policy.train import checkpoint
+from scripts import common
 from tests.serve.small import NETS
 from tests.test_transformed_plans import CHAINS, SPEC, actions, observation, same
 
@@ -44,7 +50,7 @@ def asked(planner: Planner, seed: int = 0) -> tuple[dict[str, np.ndarray], dict]
 
 
 def agree(a: np.ndarray, b: np.ndarray, tolerance: float = 2e-5) -> None:
-    same(torch.from_numpy(a), torch.from_numpy(b), tolerance)
+    same(torch.from_numpy(a).float(), torch.from_numpy(b).float(), tolerance)
 
 
 @pytest.mark.parametrize("name, per_step", EACH)
@@ -93,3 +99,35 @@ def test_a_transform_of_ones_own_cannot_leave_torch():
     from policy.serve.export import host_of
     with pytest.raises(ValueError, match=r"transform Mine cannot leave torch.*format=torch, or serve the run"):
         host_of(PlannerBackend(planner)).to_json()
+
+
+@pytest.mark.slow
+def test_a_run_is_served_as_it_plans(tmp_path):
+    """`dipole serve`, its wire and client: noise of the seed has the network's channels, promises and plans the robot's."""
+    pytest.importorskip("websockets", reason="pip install 'dipole[serve]'")
+    from policy.serve.client import PlannerClient
+    from tests.serve.far import Far
+    with initialize_config_module("conf", version_base=None):
+        cfg = compose("train", ["recipe=own", "data.path=poses.zarr", "net.widths=[8,16]", "net.groups=4", "net.time_dim=16"])
+    config = {**common.planner_config(cfg), "transform": described(CHAINS["umi"]), "per_step": True}
+    torch.manual_seed(0)
+    normalizer = Normalizer(statistics.shapes(CHAINS["umi"], SPEC.obs, SPEC.action_dim, T, per_step=True))
+    planner = checkpoint.build(config, SPEC, normalizer)
+    weights = {f"model/{k}": v + 0.05 * torch.randn_like(v) for k, v in planner.state_dict().items()}
+    checkpoint.write(tmp_path / "checkpoints/policy.safetensors", weights, {"spec": SPEC.to_json(), "planner": config, "step": 3, "cpu_s": 1.0})
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({**cfg, "transform": config["transform"]}), resolve=True))
+    policy = PlannerBackend(checkpoint.load(tmp_path)[0])
+    far = Far([sys.executable, "-m", "scripts.cli", "serve", "port=0", f"run={tmp_path}"], timeout=120)
+    try:
+        with PlannerClient(far.url) as client:
+            card = client.wait_ready(30)
+            assert card.noise_size == (T, 10) and card.action_dim == 7
+            for seed in range(3):
+                obs, told = asked(policy.planner, seed)
+                noise = np.random.default_rng(seed).standard_normal(card.noise_size, np.float32)
+                chunk = client.plan(obs, seed=seed, prefix=told["prefix"], committed=2, merge="guided", timeout=30)
+                agree(chunk.actions, policy.plan(obs, noise=noise, prefix=told["prefix"], committed=2, merge="guided"), 1e-4)
+                assert np.array_equal(np.float32(chunk.actions[:2]), told["prefix"][:2])
+        assert far.end() == 0
+    finally:
+        far.process.kill()
