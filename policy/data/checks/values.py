@@ -73,8 +73,8 @@ def dead_in_some(data: Data, key: str, moves: NDArray[np.bool_], whole: NDArray[
     long = data.lengths >= max(10, np.median(data.lengths) / 4)
     usual = moves[long].mean(axis=0) if long.any() else np.zeros(moves.shape[1])
     scales = data.scales(key)
-    # A setting such as a goal rests within every episode, and a switch is not always thrown.
-    alive = np.flatnonzero(whole & (usual >= 0.9) & ~scales.few)
+    # A setting such as a goal rests within every episode, a switch is not always thrown, and not everything is always touched.
+    alive = np.flatnonzero(whole & (usual >= 0.9) & ~scales.few & (scales.still < 0.5))
     dead = ~moves[:, alive] & long[:, None]
     if dead.any():
         places = [Place(int(e), 0, int(data.lengths[e]), int(alive[c])) for e, c in zip(*np.nonzero(dead), strict=True)]
@@ -135,7 +135,7 @@ def clipped(data: Data) -> list[Finding]:
 def cut_off(x: NDArray[np.floating], end: float, span: float) -> float:
     """The share of x (n,) that is exactly `end`, or 0 where that is no wonder: as many are beside it, or it comes to rest there like a closing hand."""
     at = x == end
-    if at.mean() < AT_LIMIT:
+    if not AT_LIMIT <= at.mean() <= 0.5:  # a force is nothing most of the time
         return 0.0
     near = np.unique(x[np.abs(x - end) < 0.1 * span])
     width = max(span / 200, 2.5 * float(np.diff(near).min())) if len(near) > 1 else span / 200  # a coarse dial has few values
