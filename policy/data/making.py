@@ -39,7 +39,8 @@ def make(path: Path, schema: Mapping[str, tuple[Sequence[int], DTypeLike]], attr
     building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))  # beside its place, and renamed into it
     try:
         building.chmod(0o777 & ~_umask())
-        root = zarr.create_group(LocalStore(building), zarr_format=3, attributes=dict(attributes))
+        attributes = {k: v for k, v in attributes.items() if k != "video"}  # those of another store may say how that one keeps its images
+        root = zarr.create_group(LocalStore(building), zarr_format=3, attributes={**attributes, "video": dict(video)} if video else attributes)
         for key, (shape, dtype) in schema.items():
             if key in video:
                 (building / "video" / key).mkdir(parents=True)

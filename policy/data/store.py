@@ -52,8 +52,7 @@ class Store:
         video: keys of camera images that are kept as mp4 (policy.data.video), smaller by far and not bit for bit; {key: {gop, crf}} says how.
         """
         path, videos = Path(path), settings(path, schema, video)
-        attributes = {"fps": float(fps), "units": dict(units or {}), "action_semantics": action_semantics, **(attrs or {})}
-        make(path, schema, {**attributes, "video": videos} if videos else attributes, videos)
+        make(path, schema, {"fps": float(fps), "units": dict(units or {}), "action_semantics": action_semantics, **(attrs or {})}, videos)
         return cls.open(path, mode="a")
 
     @classmethod

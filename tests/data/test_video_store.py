@@ -10,6 +10,7 @@ from object_server import ObjectServer
 
 from policy.data import DataError, Recorder, Store, TrajectoryDataset
 from policy.data.draw import describe
+from policy.data.edit import trim
 from policy.data.stream import Streamed
 
 pytest.importorskip("av", reason="extra data")
@@ -110,6 +111,13 @@ def test_a_recorder_writes_them_too(tmp_path):
                 recorder.add({key: x[k] for key, x in e.items()})
             recorder.end()
     near(Store.open(tmp_path / "r.zarr").read("image"), WHOLE)
+
+
+def test_what_is_made_from_one_keeps_the_frames_as_they_were_seen(store, tmp_path):
+    trim(store.path, tmp_path / "short.zarr", keep=[0])
+    short = Store.open(tmp_path / "short.zarr")
+    assert "video" not in short.attrs
+    np.testing.assert_array_equal(short.read("image"), store.read("image", 0, 25))
 
 
 # ---------------------------------------------------------------- what goes wrong
