@@ -96,10 +96,19 @@ def test_a_pool_has_what_is_drawn_from_wherever_it_starts(count, size, live, rea
 
 @pytest.mark.parametrize("kind", [OSError, BaseException])
 def test_a_reader_that_fails_is_heard(kind):
+    broken = [True]
+
     def read(block, slot):
-        raise kind("the disk is gone")
-    pool = Pool(3, read, 2)
-    pool.follow(schedule(blocks_of(9, 4), 2, 0), 0)
+        if broken[0]:
+            raise kind("the disk is gone")
+    pool, plan = Pool(3, read, 2), schedule(blocks_of(9, 4), 2, 0)
+    pool.follow(plan, 0)
     with pytest.raises(kind, match="the disk is gone"):
         pool.take(0)
+    broken[0] = False
+    pool.follow(plan, 0)  # what was half read is read again
+    at = 0
+    while at < 36:
+        at = pool.take(at)
+    assert pool.reads >= 9
     pool.close()
