@@ -153,7 +153,7 @@ class Streamed(TrajectoryDataset):
 
 
 class StreamedEpoch(Epoch):
-    """Blocks are read ahead of the batches, from the first one asked for on; a batch that lies before the last is read again."""
+    """Blocks are read ahead of the batches, from the first one asked for on."""
 
     def __init__(self, data: Streamed, pool: Pool, seed: int):
         self._plan = schedule(data._block_of, data.live, seed)
@@ -161,9 +161,7 @@ class StreamedEpoch(Epoch):
         self._streamed, self._pool, self._at = data, pool, -1
 
     def batch(self, lo: int, hi: int) -> Batch:
-        if lo < self._at:
-            return super().batch(lo, hi)
-        if lo != self._at or self._pool.followed is not self._plan:  # the first batch, one further on, or another epoch came between
+        if lo != self._at or self._pool.followed is not self._plan:  # the first batch, one elsewhere, or another epoch came between
             self._pool.follow(self._plan, lo)
         data, self._at = self._streamed, hi
         index = self.order[lo:hi]

@@ -90,6 +90,11 @@ def test_shares_are_exact_and_every_window_has_its_turn(stores, weights, streame
     assert seen[0] != seen[1]
 
 
+@pytest.mark.parametrize("weights, n, counts", [([1, 1, 1], 100, [34, 33, 33]), ([1, 3], 120, [30, 90]), ([1, 2, 4], 10, [1, 3, 6]), ([1e-9, 1], 7, [0, 7])])
+def test_shares_add_up(weights, n, counts):
+    assert shares([w / sum(weights) for w in weights], n) == counts
+
+
 def test_weights_hold_in_every_batch_as_chance_has_it(stores):
     """Counts of part b among batches of 12 from 120 draws are hypergeometric: mean and variance over 300 epochs."""
     data = mixed(stores, [1, 2, 1])
