@@ -81,6 +81,8 @@ def test_shares_are_exact_and_every_window_has_its_turn(stores, weights, streame
         for tag, size in enumerate((57, 40, 23)):
             times = np.bincount(frames[tags == tag], minlength=size)
             assert times.max() - times.min() <= 1  # all of a part's windows before any again
+            mine = frames[tags == tag].tolist()
+            assert len(mine) < size + 10 or mine[size:size + 10] != mine[:10]  # in another order
         seen.append((tags.tolist(), frames.tolist()))
         epoch.close()
         again = data.epoch(seed)  # any stretch of it, as after a resume

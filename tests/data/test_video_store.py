@@ -9,6 +9,7 @@ import torch
 from object_server import ObjectServer
 
 from policy.data import DataError, Recorder, Store, TrajectoryDataset
+from policy.data.convert import convert
 from policy.data.draw import describe
 from policy.data.edit import trim
 from policy.data.stream import Streamed
@@ -118,6 +119,16 @@ def test_what_is_made_from_one_keeps_the_frames_as_they_were_seen(store, tmp_pat
     short = Store.open(tmp_path / "short.zarr")
     assert "video" not in short.attrs
     np.testing.assert_array_equal(short.read("image"), store.read("image", 0, 25))
+
+
+def test_convert_makes_videos_of_the_cameras_it_is_told(tmp_path):
+    np.savez(tmp_path / "d.npz", front=WHOLE, actions=np.concatenate([e["action"] for e in EPISODES]), episode_ends=np.cumsum(LENGTHS))
+    convert(tmp_path / "d.npz", tmp_path / "d.zarr", fps=10, video=["front"])
+    made = Store.open(tmp_path / "d.zarr")
+    assert list(made.attrs["video"]) == ["front"] and made.episodes == 4
+    near(made.read("front"), WHOLE)
+    with pytest.raises(DataError, match="'action'.*cannot be kept as video"):
+        convert(tmp_path / "d.npz", tmp_path / "e.zarr", fps=10, video=["action"])
 
 
 # ---------------------------------------------------------------- what goes wrong

@@ -98,7 +98,8 @@ def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, A
     source = open_source(src, rules.format, **{"fps": rules.fps, **rules.options})
     plan = Plan.of(source, rules)
     with beside(dst) as part:
-        store = Store.create(part, plan.schema, fps=plan.fps, units=plan.units, action_semantics=plan.semantics.text or None, attrs=plan.attrs)
+        store = Store.create(part, plan.schema, fps=plan.fps, units=plan.units, action_semantics=plan.semantics.text or None, attrs=plan.attrs,
+                             video=rules.video)
         _fill(store, source, plan, progress)
         write_keep(part, plan.keep())
         return Converted(dst, source.format, store.episodes, store.steps, plan.names, tuple([*source.notes, *plan.notes]))

@@ -11,6 +11,7 @@ action_from: actions                     # source name; or parts side by side: [
 action: {kind: delta, space: ee}         # what the numbers of the action mean: the fields of policy.data.semantics.Semantics
 units: {eef: m}                          # stored name: unit
 task: Lift the cube
+video: [front]                           # stored names of cameras to be kept as mp4: smaller by far, and not bit for bit
 options: {mask: train}                   # of the reader
 """
 import difflib
@@ -51,6 +52,7 @@ class Rules:
     action: Mapping[str, Any] | None = None
     units: Mapping[str, str] = field(default_factory=dict)
     task: str | None = None
+    video: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
