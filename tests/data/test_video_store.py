@@ -127,7 +127,7 @@ def test_convert_makes_videos_of_the_cameras_it_is_told(tmp_path):
     made = Store.open(tmp_path / "d.zarr")
     assert list(made.attrs["video"]) == ["front"] and made.episodes == 4
     near(made.read("front"), WHOLE)
-    with pytest.raises(DataError, match="'action'.*cannot be kept as video"):
+    with pytest.raises(DataError, match=r"'action'.*cannot be kept as video"):
         convert(tmp_path / "d.npz", tmp_path / "e.zarr", fps=10, video=["action"])
 
 
