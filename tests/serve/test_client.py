@@ -1,5 +1,6 @@
 """The client against servers that die, hang, come back and lie. It never waits, never repeats, and believes only what it asked for."""
 import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -44,7 +45,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def liar():
-    far = Far([sys.executable, "-m", "tests.serve.liar"])
+    far = Far([sys.executable, "-m", "tests.serve.evil_server", "path", "0", "inf", json.dumps(CARD.to_json())])
     yield far
     far.process.kill()
     far.process.wait(10)
@@ -159,8 +160,9 @@ def test_a_stopped_server_is_noticed_by_its_silence_and_taken_up_again():
         assert client.plan(obs(3), timeout=PATIENT).actions[0, 0] == 3
 
 
-@pytest.mark.parametrize("lie, reason", [("nan", "not_finite"), ("inf", "not_finite"), ("shape", "shape"), ("short", "shape"), ("whole", "shape"),
-                                         ("model", "model"), ("dt", "dt"), ("epoch", "unasked"), ("t_obs", "unasked"), ("seq", "unasked")])
+@pytest.mark.parametrize("lie, reason", [("nan", "not_finite"), ("inf", "not_finite"), ("shape", "shape"), ("wide", "shape"), ("short", "shape"),
+                                         ("whole", "shape"), ("dtype", "dtype"), ("model", "model"), ("rate", "dt"), ("drift", "dt"), ("epoch", "unasked"),
+                                         ("future", "unasked"), ("seq", "unasked")])
 def test_a_chunk_that_was_not_asked_for_or_cannot_be_is_not_believed(liar, lie, reason):
     with PlannerClient(f"{liar.url}/{lie}") as client:
         client.wait_ready(PATIENT)
@@ -174,7 +176,7 @@ def test_the_liar_is_believed_when_it_says_the_truth(liar):
         assert client.plan(obs(), timeout=PATIENT).actions.shape == (8, 2)
 
 
-@pytest.mark.parametrize("noise, reason", [("garbage", "undecodable"), ("words", "undecodable"), ("hello", "schema"), ("echo", "schema")])
+@pytest.mark.parametrize("noise, reason", [("noise", "undecodable"), ("words", "undecodable"), ("hello", "schema"), ("echo", "schema")])
 def test_noise_between_is_counted_and_skipped(liar, noise, reason):
     with PlannerClient(f"{liar.url}/{noise}") as client:
         for _ in range(3):
@@ -186,12 +188,12 @@ def test_a_second_answer_is_not_believed(liar):
     with PlannerClient(f"{liar.url}/twice") as client:
         client.wait_ready(PATIENT)
         client.submit(obs(), time.monotonic())
-        until(lambda: client.stats.rejected["unasked"] == 1)
+        until(lambda: client.stats.rejected["unasked"] == 200)
         assert not newest(client).actions.any() and client.latest() is None
 
 
 @pytest.mark.parametrize("lie, text", [("no_hello", "no hello"), ("garbage_hello", "msgpack"), ("old", "version 9"),
-                                       ("old_card", "version 1, this dipole reads 2"), ("text", "binary"), ("mute", "answer")])
+                                       ("old_card", "version 1, this dipole reads 2"), ("text_hello", "binary"), ("mute", "answer")])
 def test_a_server_without_a_proper_hello_is_none(liar, lie, text):
     with PlannerClient(f"{liar.url}/{lie}", timeouts=Timeouts(open=0.5)) as client:
         until(lambda: text in client.trouble)
@@ -201,7 +203,7 @@ def test_a_server_without_a_proper_hello_is_none(liar, lie, text):
 
 
 def test_too_much_at_once_ends_the_connection_and_nothing_else(liar):
-    with PlannerClient(f"{liar.url}/huge") as client:
+    with PlannerClient(f"{liar.url}/oversize") as client:
         for _ in range(2):
             client.wait_ready(PATIENT)
             with pytest.raises((PlannerError, TimeoutError)):

@@ -20,7 +20,7 @@ from policy.serve.backend import PlannerBackend
 from policy.serve.openpi import History, observation
 from policy.serve.packing import CODES, WireError
 from tests.serve.far import CARD, ROOT, Far, planner_of, toy_server
-from tests.serve.test_server import dial
+from tests.serve.talk import dial
 
 TOKEN = "correct-horse-battery-staple"
 VERSION = "openpi-client==0.1.2"
@@ -58,7 +58,7 @@ def server() -> Iterator[Far]:
 
 
 def test_metadata_first_then_actions_and_timing(server):
-    with dial(server, "/") as ws:
+    with dial(server.url, "/") as ws:
         metadata = their_unpack(ws.recv(timeout=20))
         assert metadata["model"]["model_id"] == CARD.model_id and (metadata["action_horizon"], metadata["action_dim"], metadata["dt"]) == (8, 2, 0.02)
         for i in range(3):
@@ -69,14 +69,14 @@ def test_metadata_first_then_actions_and_timing(server):
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", "<i2", "<i4", "<i8", "|i1", "|u1", "<u2", "<u4"])
 def test_numbers_of_every_kind_are_taken(server, dtype):
-    with dial(server, "/") as ws:
+    with dial(server.url, "/") as ws:
         ws.recv(timeout=20)
         assert infer(ws, x=x(3, 5, dtype=dtype))["actions"][0].tolist() == [3, 5]
 
 
 def test_what_the_model_does_not_know_is_left_out(server):
     """Robots send prompts and cameras for other policies too."""
-    with dial(server, "/") as ws:
+    with dial(server.url, "/") as ws:
         ws.recv(timeout=20)
         assert infer(ws, x=x(3), prompt="pick up the fork", other=np.zeros((4, 4, 3), np.uint8), flag=True, n=3)["actions"][0, 0] == 3
 
@@ -92,7 +92,7 @@ def test_history_is_that_of_the_calls():
 def test_a_new_connection_has_no_history():
     with toy_server(card={"obs": {"x": (3,)}}) as far:
         for i in range(2):
-            with dial(far, "/") as ws:
+            with dial(far.url, "/") as ws:
                 ws.recv(timeout=20)
                 assert infer(ws, x=x(i))["actions"][0, 0] == i
 
@@ -118,7 +118,7 @@ def test_a_new_connection_has_no_history():
     (msgpack.packb({"x": node(x(0, 0, 2))}), "not_finite"),
 ])
 def test_what_is_wrong_is_answered_by_a_line_and_the_end(server, message, says):
-    with dial(server, "/") as ws:
+    with dial(server.url, "/") as ws:
         ws.recv(timeout=20)
         ws.send(message)
         text = ws.recv(timeout=20)
@@ -150,7 +150,7 @@ def test_a_mutated_observation_is_taken_or_refused(data):
 
 def test_it_can_be_switched_off():
     from websockets.exceptions import InvalidStatus
-    with toy_server(openpi=False) as far, pytest.raises(InvalidStatus, match="404"), dial(far, "/"):
+    with toy_server(openpi=False) as far, pytest.raises(InvalidStatus, match="404"), dial(far.url, "/"):
         pass
 
 

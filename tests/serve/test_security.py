@@ -1,11 +1,13 @@
 """What strangers, clumsy clients and bad networks may try; docs/threats.md names each of these tests beside its threat."""
 import ast
 import contextlib
+import json
 import re
 import shutil
 import signal
-import socket
 import ssl
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,10 +20,9 @@ from websockets.frames import Frame, Opcode
 from websockets.sync.client import connect
 
 from policy.serve.client import PlannerClient, PlannerError, Refused, Timeouts
-from policy.serve.packing import CODES
-from policy.serve.wire import Err, Planned
 from tests.serve.far import ROOT, Far, certificate, obs, toy_server
-from tests.serve.test_server import ask, dial, hear, http
+from tests.serve.siege import fuzz
+from tests.serve.talk import ask, closed_after, dial, hear, http, raw, upgraded
 
 TOKEN = "correct-horse-battery-staple"
 SERVE = sorted((ROOT / "policy/serve").glob("*.py"))
@@ -47,30 +48,6 @@ def alive(far: Far, **options) -> None:
         assert client.plan(obs(1, 2), timeout=30).actions[0].tolist() == [1, 2]
 
 
-def raw(far: Far) -> socket.socket:
-    sock = socket.create_connection(("127.0.0.1", far.port))
-    sock.settimeout(30)
-    return sock
-
-
-def upgraded(far: Far) -> socket.socket:
-    """A websocket with nobody behind it who speaks the protocol."""
-    sock = raw(far)
-    sock.sendall(b"GET /plan HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
-                 b"Sec-WebSocket-Version: 13\r\n\r\n")
-    assert b"101" in sock.recv(4096)
-    return sock
-
-
-def closed_after(sock: socket.socket) -> float:
-    """Seconds until the server lets go; whatever it still says is read."""
-    start = time.monotonic()
-    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-        while sock.recv(65536):
-            pass
-    return time.monotonic() - start
-
-
 # who comes in
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong-token-of-good-length", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}", TOKEN,
@@ -78,22 +55,22 @@ def closed_after(sock: socket.socket) -> float:
 @pytest.mark.parametrize("path", ["/plan", "/", "/metrics"])
 def test_without_the_token_there_is_only_401(guarded, header, path):
     headers = {} if header is None else {"Authorization": header}
-    assert http(guarded, path, **headers)[0] == 401
+    assert http(guarded.url, path, **headers)[0] == 401
     if path != "/metrics":
-        with pytest.raises(InvalidStatus, match="401"), dial(guarded, path, additional_headers=headers):
+        with pytest.raises(InvalidStatus, match="401"), dial(guarded.url, path, additional_headers=headers):
             pass
 
 
 def test_a_token_that_is_no_text_is_401(guarded):
-    sock = raw(guarded)
+    sock = raw(guarded.url)
     sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\xed\r\n\r\n")
     assert b" 401 " in sock.recv(4096) + sock.recv(4096)
 
 
 def test_with_the_token_everything_works(guarded):
     alive(guarded, token=TOKEN)
-    assert http(guarded, "/metrics", Authorization=f"Bearer {TOKEN}")[0] == 200
-    assert http(guarded, "/healthz")[0] == 200  # tells nothing but that it runs
+    assert http(guarded.url, "/metrics", Authorization=f"Bearer {TOKEN}")[0] == 200
+    assert http(guarded.url, "/healthz")[0] == 200  # tells nothing but that it runs
     with PlannerClient(guarded.url) as client:
         with pytest.raises(Refused, match="wants a token: set DIPOLE_TOKEN"):
             client.wait_ready(30)
@@ -109,7 +86,7 @@ def test_the_token_is_compared_in_constant_time():
 
 def test_a_web_page_cannot_use_a_planner_on_the_same_computer(server):
     for path in ("/plan", "/"):
-        with pytest.raises(InvalidStatus, match="403"), dial(server, path, origin="https://evil.example"):
+        with pytest.raises(InvalidStatus, match="403"), dial(server.url, path, origin="https://evil.example"):
             pass
 
 
@@ -139,7 +116,7 @@ def test_with_tls_nobody_reads_along_and_only_the_right_certificate_is_trusted(t
                 pass
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
-        with raw(far) as sock, old.wrap_socket(sock) as wrapped:
+        with raw(far.url) as sock, old.wrap_socket(sock) as wrapped:
             assert wrapped.version() in ("TLSv1.2", "TLSv1.3")
 
 
@@ -147,18 +124,18 @@ def test_with_tls_nobody_reads_along_and_only_the_right_certificate_is_trusted(t
 
 def test_more_connections_than_places_are_turned_away_and_places_come_back():
     with toy_server(service={"connections": 3}) as far:
-        with dial(far), dial(far):
-            with dial(far):
-                with pytest.raises(InvalidStatus, match="503"), dial(far):
+        with dial(far.url), dial(far.url):
+            with dial(far.url):
+                with pytest.raises(InvalidStatus, match="503"), dial(far.url):
                     pass
-                assert http(far, "/healthz")[0] == 200
+                assert http(far.url, "/healthz")[0] == 200
             alive(far)
 
 
 def test_slow_loris_is_let_go_and_keeps_nobody_out():
     """Handshakes that never end, one byte at a time: each is over after open=1 s, and those beyond the bound at once."""
     with toy_server(service={"connections": 8, "open": 1.0}) as far:
-        socks = [raw(far) for _ in range(12)]
+        socks = [raw(far.url) for _ in range(12)]
         start = time.monotonic()
         gone: set[int] = set()
         for byte in b"GET /plan HTTP/1.1\r\nHost: " + b"x" * 1000:
@@ -176,7 +153,7 @@ def test_slow_loris_is_let_go_and_keeps_nobody_out():
             if len(gone) == len(socks):
                 break
             if time.monotonic() - start < 0.5:
-                assert http(far, "/healthz")[0] == 200
+                assert http(far.url, "/healthz")[0] == 200
             time.sleep(0.02)
         assert len(gone) == len(socks) and time.monotonic() - start < 15
         alive(far)
@@ -184,9 +161,9 @@ def test_slow_loris_is_let_go_and_keeps_nobody_out():
 
 def test_connections_beyond_twice_the_places_are_let_go_at_once():
     with toy_server(service={"connections": 2, "open": 30.0}) as far:
-        held = [raw(far) for _ in range(4)]  # they say nothing
+        held = [raw(far.url) for _ in range(4)]  # they say nothing
         time.sleep(0.1)
-        extra = raw(far)
+        extra = raw(far.url)
         assert closed_after(extra) < 10
         for sock in held:
             sock.close()
@@ -194,13 +171,13 @@ def test_connections_beyond_twice_the_places_are_let_go_at_once():
 
 
 def test_an_oversize_message_closes_with_1009_before_it_is_read(server):
-    with dial(server) as ws:
+    with dial(server.url) as ws:
         hear(ws)
         with pytest.raises(ConnectionClosed) as e:
             ws.send(b"x" * (5 << 20))
             ws.recv(timeout=20)
         assert e.value.rcvd is None or e.value.rcvd.code == 1009
-    sock = upgraded(server)
+    sock = upgraded(server.url)
     sock.sendall(b"\x82\xff" + (1 << 40).to_bytes(8, "big") + b"abcd")  # a header that announces a TiB
     assert closed_after(sock) < 10
     alive(server)
@@ -210,7 +187,7 @@ def test_an_oversize_message_closes_with_1009_before_it_is_read(server):
 def test_a_message_of_countless_fragments_is_refused(fragment):
     """Empty ones never reach a limit of bytes."""
     with toy_server(service={"pong": 60.0}) as far:  # no ping ends it
-        before, sock = far.rss_mb(), upgraded(far)
+        before, sock = far.rss_mb(), upgraded(far.url)
         first = Frame(Opcode.BINARY, fragment, False).serialize(mask=True)
         rest = Frame(Opcode.CONT, fragment, False).serialize(mask=True) * 1000
         with contextlib.suppress(OSError):
@@ -223,7 +200,7 @@ def test_a_message_of_countless_fragments_is_refused(fragment):
 
 
 def test_a_message_that_stops_in_the_middle_ends_the_connection(server):
-    sock = upgraded(server)
+    sock = upgraded(server.url)
     sock.sendall(b"\x82\xfe\x10\x00abcd" + b"x" * 100)  # 100 of 4096 bytes
     assert closed_after(sock) < 15
     alive(server)
@@ -232,7 +209,7 @@ def test_a_message_that_stops_in_the_middle_ends_the_connection(server):
 def test_a_client_that_does_not_read_is_let_go_and_costs_nothing():
     """It sends for ever and takes no answer: the server stops reading, then ends it."""
     with toy_server(service={"send": 0.5, "pong": 1.0}) as far:
-        sock = upgraded(far)
+        sock = upgraded(far.url)
         frame = Frame(Opcode.BINARY, ask(1, obs={}), True).serialize(mask=True)
         sock.settimeout(1)
         start, before = time.monotonic(), far.rss_mb()
@@ -245,7 +222,7 @@ def test_a_client_that_does_not_read_is_let_go_and_costs_nothing():
 
 
 def test_more_than_ten_errors_a_second_close_with_1008():
-    with toy_server() as far, dial(far) as ws:
+    with toy_server() as far, dial(far.url) as ws:
         hear(ws)
         for _ in range(12):
             with contextlib.suppress(ConnectionClosed):
@@ -260,7 +237,7 @@ def test_more_than_ten_errors_a_second_close_with_1008():
 
 def test_replaced_and_late_requests_are_no_errors():
     """They are the network's fault, not the client's: 40 in a moment end nothing."""
-    with toy_server(plan_ms=30.0) as far, dial(far) as ws:
+    with toy_server(plan_ms=30.0) as far, dial(far.url) as ws:
         hear(ws)
         for seq in range(40):
             ws.send(ask(seq, deadline_ms=0.0))
@@ -272,67 +249,44 @@ def test_replaced_and_late_requests_are_no_errors():
 
 # fuzz
 
-def frames(n: int, seed: int):
-    """Random bytes, cut and mutated observations, in about equal parts."""
-    rng = np.random.default_rng(seed)
-    good = [ask(1, seed=2), ask(2, prefix=np.zeros((3, 2)), committed=2, merge="frozen", deadline_ms=5.0), ask(3, noise=np.zeros((8, 2)))]
-    for i in range(n):
-        data = bytearray(good[rng.integers(3)])
-        if i % 3 == 0:
-            data = bytearray(rng.bytes(int(rng.integers(0, 300))))
-        elif i % 3 == 1:
-            del data[rng.integers(len(data)):]
-        else:
-            for at in rng.integers(len(data), size=rng.integers(1, 6)):
-                data[at] = rng.integers(256)
-        yield bytes(data)
-
-
-def fuzz(far: Far, n: int, seed: int) -> tuple[int, int, int]:
-    """Send n frames, on a new connection whenever one is closed; answers, chunks among them, connections."""
-    answers = chunks = connections = 0
-    todo = frames(n, seed)
-    while (data := next(todo, None)) is not None:
-        connections += 1
-        with contextlib.suppress(ConnectionClosed), dial(far) as ws:
-            hear(ws)
-            while data is not None:
-                try:
-                    ws.send(data)
-                    answer = hear(ws, 30)
-                except ConnectionClosed as e:
-                    assert e.rcvd is not None and e.rcvd.code == 1008
-                    break
-                answers += 1
-                chunks += isinstance(answer, Planned)
-                assert isinstance(answer, Planned) or (isinstance(answer, Err) and answer.code in CODES and "Traceback" not in answer.text)
-                data = next(todo, None)
-    return answers, chunks, connections
-
-
 def test_a_thousand_random_and_mutated_frames_leave_it_standing(server):
-    answers, chunks, connections = fuzz(server, 1000, 0)
-    assert answers >= 900 and 1 <= chunks < 300 and connections > 1
+    found = fuzz(server.url, 1000, 0)
+    assert found["answers"] >= 900 and 1 <= found["chunks"] < 300 and found["connections"] > 1
     alive(server)
 
 
-@pytest.mark.slow
-def test_ten_thousand_random_and_mutated_frames_leave_it_standing(server):
-    before = server.rss_mb()
-    answers, chunks, connections = fuzz(server, 10_000, 1)
-    print(f"{answers} answers, {chunks} chunks, {connections} connections, rss {before:.1f} -> {server.rss_mb():.1f} MB")
-    assert answers >= 9000
-    assert server.rss_mb() - before < 10
-    alive(server)
+@pytest.mark.parametrize("frames", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_siege_leaves_the_plans_and_the_memory_as_they_were(tmp_path, frames):
+    """A trained planner, besieged from another process: fuzz, oversize, a burst of 200 and slow lorises at once. Who asks meanwhile gets the very same plans
+    as before, and so does who asks afterwards."""
+    noise = np.random.default_rng(0).standard_normal((4, 8, 2), np.float32)
+
+    def plans(client: PlannerClient) -> list[list]:
+        return [client.plan(obs(1, 2), noise=n, timeout=60).actions.tolist() for n in noise]
+
+    with toy_server(planner=str(tmp_path / "data")) as far, PlannerClient(far.url) as client:
+        want = plans(client)
+        fuzz(far.url, 500, 99)  # what grows to its size has grown
+        before, rounds = far.rss_mb(), 0
+        besieged = subprocess.Popen([sys.executable, "-m", "tests.serve.siege", far.url, str(frames), "1"], cwd=ROOT, stdout=subprocess.PIPE)
+        while besieged.poll() is None:
+            assert plans(client) == want
+            rounds += 1
+            time.sleep(0.2)
+        found = json.loads(besieged.communicate()[0])
+        print(found, f"{rounds} rounds meanwhile, rss {before:.1f} -> {far.rss_mb():.1f} MB")
+        assert besieged.returncode == 0 and found["answers"] > 0.9 * frames and found["let go"] >= 8 and found["superseded"] > 100 and rounds > 3
+        assert plans(client) == want and client.stats.connects == 1
+        assert far.rss_mb() - before < 10
 
 
 def test_garbage_instead_of_http_leaves_it_standing(server):
     rng = np.random.default_rng(0)
     for i in range(60):
-        with contextlib.suppress(OSError), raw(server) as sock:
+        with contextlib.suppress(OSError), raw(server.url) as sock:
             sock.sendall(rng.bytes(int(rng.integers(1, 2000))) if i % 2 else b"GET " + rng.bytes(50) + b"\r\n\r\n")
     for _ in range(30):  # and instead of frames
-        with contextlib.suppress(OSError), upgraded(server) as sock:
+        with contextlib.suppress(OSError), upgraded(server.url) as sock:
             sock.sendall(rng.bytes(int(rng.integers(1, 2000))))
     alive(server)
 
@@ -341,9 +295,9 @@ def test_garbage_instead_of_http_leaves_it_standing(server):
 
 def test_a_stopped_client_frees_its_place():
     with toy_server(service={"connections": 1, "pong": 0.5}) as far:
-        sock = upgraded(far)
+        sock = upgraded(far.url)
         with pytest.raises(InvalidStatus, match="503"):
-            dial(far)
+            dial(far.url)
         assert closed_after(sock) < 15
         alive(far)
 

@@ -1,9 +1,6 @@
 """The server in a process of its own, spoken to as anybody could: what is answered, in which order, and what it does not put up with."""
 import json
-import socket
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,35 +10,14 @@ import pytest
 pytest.importorskip("websockets", reason="pip install 'dipole[serve]'")
 pytest.importorskip("prometheus_client", reason="pip install 'dipole[serve]'")
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
 
 from policy.serve.client import PlannerClient, PlannerError
 from policy.serve.desk import WARM_UP
 from policy.serve.entrance import check_exposure
 from policy.serve.server import Budget
-from policy.serve.wire import Err, Hello, Observation, Planned, pack, unpack
-from tests.serve.far import CARD, Far, obs, toy_server
-
-
-def dial(far: Far, path: str = "/plan", **options) -> ClientConnection:
-    return connect(far.url + path, compression=None, proxy=None, **options)
-
-
-def hear(ws: ClientConnection, timeout: float = 20):
-    return unpack(ws.recv(timeout=timeout))
-
-
-def ask(seq: int, **fields) -> bytes:
-    return pack(Observation(seq, fields.pop("epoch", 0), fields.pop("t_obs", 5), **{"obs": obs(1, 2), **fields}))
-
-
-def http(far: Far, path: str, **headers: str) -> tuple[int, str]:
-    request = urllib.request.Request(far.url.replace("ws", "http", 1) + path, headers=headers)
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as e:
-        return e.code, e.read().decode()
+from policy.serve.wire import Err, Hello, Planned, pack
+from tests.serve.far import CARD, obs, toy_server
+from tests.serve.talk import ask, dial, hear, http, upgraded
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +34,7 @@ def slow():
 
 
 def test_hello_then_a_chunk_that_echoes_the_request(quick):
-    with dial(quick) as ws:
+    with dial(quick.url) as ws:
         assert hear(ws) == Hello(CARD, 4 << 20)
         ws.send(ask(3, epoch=4, t_obs=5, prefix=np.full((3, 2), 9.0), committed=2, merge="frozen"))
         chunk = hear(ws)
@@ -69,7 +45,7 @@ def test_hello_then_a_chunk_that_echoes_the_request(quick):
 
 def test_the_same_seed_gives_the_same_plan_and_noise_is_taken_as_it_is(quick):
     plans = {}
-    with dial(quick) as ws:
+    with dial(quick.url) as ws:
         hear(ws)
         for seq, fields in enumerate([{"seed": 1}, {"seed": 1}, {"seed": 2}, {"noise": np.ones((8, 2), np.float32)}, {}]):
             ws.send(ask(seq, **fields))
@@ -98,7 +74,7 @@ def test_the_same_seed_gives_the_same_plan_and_noise_is_taken_as_it_is(quick):
     (ask(9, obs=obs(how=3)), "failed", 9),
 ])
 def test_a_bad_request_has_an_err_with_its_code_and_the_connection_goes_on(quick, bad, code, seq):
-    with dial(quick) as ws:
+    with dial(quick.url) as ws:
         hear(ws)
         ws.send(bad)
         err = hear(ws)
@@ -109,7 +85,7 @@ def test_a_bad_request_has_an_err_with_its_code_and_the_connection_goes_on(quick
 
 
 def test_of_a_burst_of_200_the_first_and_the_newest_are_planned(slow):
-    with dial(slow) as ws:
+    with dial(slow.url) as ws:
         hear(ws)
         for seq in range(200):
             ws.send(ask(seq))
@@ -121,10 +97,10 @@ def test_of_a_burst_of_200_the_first_and_the_newest_are_planned(slow):
 
 
 def test_a_request_whose_deadline_passes_in_the_queue_is_not_planned(slow):
-    with dial(slow) as ws, dial(slow) as other:
+    with dial(slow.url) as ws, dial(slow.url) as other:
         hear(ws), hear(other)
         other.send(ask(0))
-        http(slow, "/healthz")  # by then the plan is being made, for 150 ms
+        http(slow.url, "/healthz")  # by then the plan is being made, for 150 ms
         ws.send(ask(1, deadline_ms=30.0))
         err = hear(ws)
         assert isinstance(err, Err) and (err.code, err.seq) == ("expired", 1)
@@ -132,7 +108,7 @@ def test_a_request_whose_deadline_passes_in_the_queue_is_not_planned(slow):
 
 def test_connections_take_turns(slow):
     """One that asks a hundred times a plan's time does not keep the planner from the other: each gets every second plan."""
-    with dial(slow) as greedy, dial(slow) as modest:
+    with dial(slow.url) as greedy, dial(slow.url) as modest:
         hear(greedy), hear(modest)
         stop = time.monotonic() + 3
 
@@ -158,21 +134,21 @@ def test_connections_take_turns(slow):
 
 
 def test_health_answers_while_a_plan_is_made(slow):
-    with dial(slow) as ws:
+    with dial(slow.url) as ws:
         hear(ws)
         ws.send(ask(0))
-        assert http(slow, "/healthz") == (200, "ok\n")
+        assert http(slow.url, "/healthz") == (200, "ok\n")
         assert hear(ws).seq == 0
 
 
 def test_metrics_count_by_code(quick):
     def counts() -> dict[str, float]:
-        status, text = http(quick, "/metrics")
+        status, text = http(quick.url, "/metrics")
         assert status == 200
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
 
     before = counts()
-    with dial(quick) as ws:
+    with dial(quick.url) as ws:
         hear(ws)
         for seq, more in enumerate([{}, {}, {"obs": {}}, {"obs": obs(how=1)}]):
             ws.send(ask(seq, **more))
@@ -186,13 +162,13 @@ def test_metrics_count_by_code(quick):
 
 
 def test_paths(quick):
-    assert http(quick, "/etc/passwd")[0] == 404
-    with pytest.raises(InvalidStatus, match="404"), dial(quick, "/plan/../x"):
+    assert http(quick.url, "/etc/passwd")[0] == 404
+    with pytest.raises(InvalidStatus, match="404"), dial(quick.url, "/plan/../x"):
         pass
 
 
 def test_sigterm_ends_it_politely():
-    with toy_server() as far, dial(far) as ws:
+    with toy_server() as far, dial(far.url) as ws:
         hear(ws)
         assert far.end() == 0
         with pytest.raises(ConnectionClosed) as e:
@@ -262,11 +238,11 @@ def test_a_port_that_is_taken_is_said(quick):
 
 def test_a_closed_connection_frees_its_place_while_its_plan_is_made(slow):
     for _ in range(3):
-        with dial(slow) as ws:
+        with dial(slow.url) as ws:
             hear(ws)
             ws.send(ask(0))
             ws.send(ask(1))
-    with dial(slow) as ws:
+    with dial(slow.url) as ws:
         hear(ws)
         ws.send(ask(9))
         assert hear(ws).seq == 9
@@ -286,7 +262,7 @@ def test_transport_costs_less_than_a_millisecond(quick):
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_30000_requests(quick):
-    with dial(quick) as ws:
+    with dial(quick.url) as ws:
         hear(ws)
 
         def load(n: int) -> float:
@@ -303,11 +279,7 @@ def test_memory_stays_flat_over_30000_requests(quick):
 
 def test_a_stopped_client_loses_its_connection_and_the_others_nothing(quick):
     """Half open: no FIN ever comes; the server's ping finds out."""
-    sock = socket.create_connection(("127.0.0.1", quick.port))
-    sock.sendall(b"GET /plan HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
-                 b"Sec-WebSocket-Version: 13\r\n\r\n")
-    sock.settimeout(30)
-    assert b"101" in sock.recv(4096)
+    sock = upgraded(quick.url)
     start = time.monotonic()
     while sock.recv(4096):  # reads, and never answers a ping
         pass
