@@ -21,6 +21,7 @@ from policy.data.places import DataError, keys_among
 T = TypeVar("T")
 TRIES = 5
 PAUSE = 0.2  # s before the second try, twice as long before each further one
+INDEX, MOST = 4096, 2**14  # bytes at a file's end that are remembered, and of how many files
 OBSTORE = ("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss", "http", "https")
 INSTALL = "pip install 'dipole[data]'"
 KEYS = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_ENDPOINT_URL for a server of your own, AWS_SKIP_SIGNATURE=true for a public bucket)",
@@ -52,6 +53,7 @@ class Remote:
         self.url, self.scheme = url, urlsplit(url).scheme
         self._backend: Backend = self._try("", lambda: (_Obstore if self.scheme in OBSTORE else _Fsspec)(url))
         self._asked: dict[str, int] = {}
+        self.ends: dict[tuple[str, int, int], bytes] = {}  # indices of shards, which are asked for again and again
         self.is_file = urlsplit(url).path.lower().endswith(".zip")
         try:
             self.sizes: dict[str, int] | None = None if self.is_file else self._try("", self._backend.list)
@@ -129,7 +131,14 @@ class _File:
         self._remote, self._name, self.size = remote, name, size
 
     def read(self, lo: int, hi: int) -> bytes:
-        return self._remote.read(self._name, lo, min(hi, self.size))
+        hi, kept = min(hi, self.size), self._remote.ends
+        if not (hi == self.size or lo == 0) or hi - lo > INDEX:
+            return self._remote.read(self._name, lo, hi)
+        if len(kept) > MOST:
+            kept.clear()
+        if (at := (self._name, lo, hi)) not in kept:
+            kept[at] = self._remote.read(self._name, lo, hi)
+        return kept[at]
 
     def close(self) -> None:
         pass
