@@ -71,6 +71,9 @@ def test_steps_are_summed_up_before_they_are_made_relative():
 def test_what_is_said_wins():
     assert filled(RelativeToChunk, {}, 4, state="image", channels=[1], take=[5]) == RelativeToChunk("image", [1], [5])
     assert filled(RelativeToChunk, {"kind": "absolute", "of": "state", "of_take": [9, 8]}, 2, channels=[1]) == RelativeToChunk("hand", [1], [1])
+    quaternion = {"state": "hand", "take": [0, 1, 2], "turns_take": [3, 4, 5, 6], "state_rotation": "quaternion_xyzw"}  # robosuite: axis-angle to a quaternion
+    assert filled(RelativeToChunk, {**POSE, "of": "state", "of_take": list(range(7))}, **quaternion) == RelativeToChunk(
+        **quaternion, channels=[0, 1, 2], rotation="axis_angle", turns=[3, 4, 5])
     assert filled(Rotation, {}, source="quaternion_xyzw", to="rotation_6d", channels=[], obs={"hand": [0, 1, 2, 3]}) == Rotation(
         "quaternion_xyzw", "rotation_6d", [], {"hand": [0, 1, 2, 3]})
 
