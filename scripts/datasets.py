@@ -17,6 +17,7 @@ ABOUT = ("path", "obs", "action", "weights", "missing", "fps", "semantics", "nor
 
 def named(cfg: DictConfig) -> list[Entry]:
     """Node data, opened. With checkpoint=policy@NAME the dataset of that name alone, whose normaliser the policy then has."""
+    cfg.data.path  # noqa: B018  named by omegaconf where it is missing
     d = plain(cfg.data)
     for path in [p.get("path", "") if isinstance(p, dict) else p for p in (d["path"] if isinstance(d["path"], list) else [d["path"]])]:
         if "://" not in str(path) and not Path(path).exists():

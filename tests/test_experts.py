@@ -61,7 +61,7 @@ def test_processes_find_the_same():
 def test_data_of_another_environment_is_refused_before_training(tmp_path):
     Store.create(tmp_path / "x.zarr", {"action": ((1,), "float32")}, fps=10).append({"action": np.zeros((3, 1), np.float32)})
     cfg = OmegaConf.create({"env": {"_target_": "tests.test_experts.Countdown", "_partial_": True, "workers": 2}, "trust": ["tests"],
-                            "data": {"path": str(tmp_path / "x.zarr")}})
+                            "data": {"path": str(tmp_path / "x.zarr"), "action": "action"}})
     check_task(cfg, Spec(obs={"x": (1,)}, action_dim=1, fps=10))
     for wrong in ({"obs": {"x": (2,)}}, {"obs": {"y": (1,)}}, {"action_dim": 2}, {"fps": 20}):
         with pytest.raises(ValueError, match=r"x\.zarr is not a recording of countdown"):

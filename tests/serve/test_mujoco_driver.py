@@ -17,6 +17,8 @@ pytest.importorskip("mujoco", reason="the simulated robot needs MuJoCo: pip inst
 pytest.importorskip("ruckig", reason="the limiter needs ruckig: pip install 'dipole[deploy]'")
 from policy.serve.limiter import Limiter
 
+pytestmark = pytest.mark.slow  # a robot's clock cannot be shared with tests beside it: make realtime
+
 CONF = Path(__file__).parents[2] / "conf" / "robot"
 
 
