@@ -9,8 +9,8 @@ from policy.train.log import console
 from scripts.verb import verb
 
 
-def info(path: str, out: str | None) -> Path:
-    store = Store.open(path)
+def info(path: str, out: str | None, missing: str = "error") -> Path:
+    store = Store.open(path, missing=missing)
     console.print(describe(store), highlight=False, markup=False)
     picture = Path(out or (f"{path.rstrip('/')}.png" if store.local else f"{store.path.name}.png"))
     draw(store, picture)
@@ -19,4 +19,4 @@ def info(path: str, out: str | None) -> Path:
 
 @verb("data_info")
 def start(cfg: DictConfig) -> None:
-    console.print(f"picture: {info(cfg.path, cfg.out)}", highlight=False, soft_wrap=True)
+    console.print(f"picture: {info(cfg.path, cfg.out, cfg.missing)}", highlight=False, soft_wrap=True)

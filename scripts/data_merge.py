@@ -11,6 +11,6 @@ from scripts.verb import verb
 @verb("data_merge")
 def start(cfg: DictConfig) -> None:
     src = plain(cfg)["src"]
-    made = merge([src] if isinstance(src, str) else src, cfg.dst)
+    made = merge([src] if isinstance(src, str) else src, cfg.dst, missing=cfg.missing)
     line = f"{len(src)} datasets: {counted(made.episodes, 'episode')}, {counted(made.steps, 'step')} -> {made.path}"
     console.print(line, highlight=False, soft_wrap=True, markup=False)

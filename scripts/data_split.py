@@ -12,5 +12,6 @@ from scripts.verb import verb
 def start(cfg: DictConfig) -> None:
     whole(0, seed=cfg.seed)
     d = plain(cfg)
-    for made in split(d["src"], [d["dst"]] if isinstance(d["dst"], str) else d["dst"], ratio=d["ratio"], episodes=d["episodes"], seed=d["seed"]):
+    dsts = [d["dst"]] if isinstance(d["dst"], str) else d["dst"]
+    for made in split(d["src"], dsts, ratio=d["ratio"], episodes=d["episodes"], seed=d["seed"], missing=d["missing"]):
         console.print(f"{counted(made.episodes, 'episode')}, {counted(made.steps, 'step')} -> {made.path}", highlight=False, soft_wrap=True, markup=False)

@@ -14,7 +14,7 @@ from scripts.verb import verb
 @verb("data_stats")
 def start(cfg: DictConfig) -> None:
     d = plain(cfg)
-    store = Store.open(d["path"])
+    store = Store.open(d["path"], missing=d["missing"])
     found = stats(store, d["keys"], d["quantiles"])
     console.print(table(found), highlight=False, soft_wrap=True, markup=False)
     if d["out"]:

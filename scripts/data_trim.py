@@ -16,6 +16,6 @@ def start(cfg: DictConfig) -> None:
         raise ValueError(f"steps={d['steps']} must be [first,end], as python slices: steps=[10,null] leaves out the first ten, steps=[0,-5] the last five")
     idle = d["idle"]
     made, said = trim(d["src"], d["dst"], drop=d["drop"] or [], keep=d["keep"], steps=d["steps"], idle=Idle(**idle) if idle["where"] else None,
-                      drop_keys=d["drop_keys"] or [], shortest=d["shortest"])
+                      drop_keys=d["drop_keys"] or [], shortest=d["shortest"], missing=d["missing"])
     lines = [*said, f"{counted(made.episodes, 'episode')}, {counted(made.steps, 'step')} -> {made.path}"]
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)

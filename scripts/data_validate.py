@@ -26,7 +26,7 @@ def start(cfg: DictConfig) -> None:
     d = plain(cfg)
     path, out, strict = where(d.pop("path")), d.pop("out"), d.pop("strict")
     with ExitStack() as stack:
-        store = opened(path, d.pop("format"), d.pop("mapping"), d["fps"], stack)
+        store = opened(path, d.pop("format"), d.pop("mapping"), d["fps"], stack, d["missing"])
         called = "" if store == path else str(path.with_suffix(".zarr"))
         report = checked(store, image_bytes=1e9 * d.pop("images"), called=called, **d)
         folder = Path(out or f"{beside(path)}.validate")
@@ -37,7 +37,7 @@ def start(cfg: DictConfig) -> None:
     raise SystemExit(report.exit_code(strict=strict))
 
 
-def opened(path: Path, format: str | None, mapping: str | None, fps: float | None, stack: ExitStack) -> Path:
+def opened(path: Path, format: str | None, mapping: str | None, fps: float | None, stack: ExitStack, missing: str = "error") -> Path:
     """A store: path itself, or a copy of another format that lives until the stack is closed."""
     if isinstance(path, Url):
         return path
@@ -47,7 +47,7 @@ def opened(path: Path, format: str | None, mapping: str | None, fps: float | Non
         return path
     name = format or detect(path)
     dst = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dipole-validate-"))) / path.with_suffix(".zarr").name
-    done = convert(path, dst, format=name, mapping=mapping, fps=fps)
+    done = convert(path, dst, format=name, mapping=mapping, fps=fps, missing=missing)
     console.print("\n".join([f"{name}, looked at as dipole data convert src={path} dst={path.with_suffix('.zarr')} would make it",
                              *(f"note: {note}" for note in done.notes)]), highlight=False, soft_wrap=True, markup=False)
     return dst

@@ -19,10 +19,11 @@ from scripts.verb import verb
 def start(cfg: DictConfig) -> None:
     d = plain(cfg)
     path, episode, form, findings = where(d.pop("path")), d.pop("episode"), d.pop("as"), d.pop("findings")
+    missing = d.pop("missing")
     if form not in ("html", "rerun"):
         raise ValueError(f"as={form!r} is unknown; use html or rerun")
     with ExitStack() as stack:
-        store = Store.open(opened(path, d.pop("format"), d.pop("mapping"), d["fps"], stack))
+        store = Store.open(opened(path, d.pop("format"), d.pop("mapping"), d["fps"], stack, missing), missing=missing)
         out = Path(d.pop("out") or f"{beside(path)}.episode{episode}.{'html' if form == 'html' else 'rrd'}")
         if form == "rerun":
             write_rrd(store, episode, out, **d)

@@ -17,16 +17,16 @@ OWN = ("fps", "units", "action_semantics")  # arguments of Store.create
 BASIS = "provenance"
 
 
-def merge(sources: Sequence[Path | str], dst: Path | str) -> Store:
+def merge(sources: Sequence[Path | str], dst: Path | str, *, missing: str = "error") -> Store:
     """All episodes of the sources, one dataset after the other.
 
     Keys, shapes, dtypes, rate, units and what the actions mean must agree: DataError tells the differences. Other attributes that differ are kept for
-    each source in `provenance`.
+    each source in `provenance`.   missing: of Store.open, as below.
     """
     if len(sources) < 2:
         raise ValueError(f"merging takes at least two datasets, got src={[str(s) for s in sources]}. Write src=[a.zarr,b.zarr]")
     free(dst)
-    stores = [Store.open(s) for s in sources]
+    stores = [Store.open(s, missing=missing) for s in sources]
     if wrong := [line for other in stores[1:] for line in differences(stores[0], other)]:
         raise DataError("these datasets do not fit together:\n  " + "\n  ".join(wrong)
                         + "\nMake them equal first: dipole data convert format=store renames keys and resamples, dipole data trim leaves keys out")
@@ -47,12 +47,12 @@ def merge(sources: Sequence[Path | str], dst: Path | str) -> Store:
 
 
 def split(source: Path | str, dsts: Sequence[Path | str], *, ratio: float | Sequence[float] | None = None, episodes: Sequence[Sequence[int]] | None = None,
-          seed: int = 0) -> list[Store]:
+          seed: int = 0, missing: str = "error") -> list[Store]:
     """Whole episodes dealt out to several datasets.
 
     ratio: share of each dataset, or of the first of two, of a permutation from seed; at least one episode goes to each.   episodes: a list for each.
     """
-    store = Store.open(source)
+    store = Store.open(source, missing=missing)
     for i, dst in enumerate(dsts):
         if str(dst) in [str(d) for d in dsts[:i]]:
             raise ValueError(f"dst names {dst} twice")
@@ -67,10 +67,14 @@ def split(source: Path | str, dsts: Sequence[Path | str], *, ratio: float | Sequ
     if len(set(whole)) != len(whole) or not all(dealt):
         raise ValueError("every dataset gets at least one episode, and none that another has: "
                          f"{sorted({i for i in whole if whole.count(i) > 1}) or [str(d) for d, p in zip(dsts, dealt, strict=True) if not p]}")
-    for i in whole:
-        store.span(i)  # raises the IndexError that tells how many there are
+    _are_there(store, whole, "episodes")
     how = {"seed": seed} if episodes is None else {}
     return [_edited(store, dst, [Piece(store, i) for i in part], {"made": "split", "kept": part, **how}) for dst, part in zip(dsts, dealt, strict=True)]
+
+
+def _are_there(store: Store, named: Sequence[int], setting: str) -> None:
+    if wrong := [i for i in named if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < store.episodes]:
+        raise ValueError(f"{setting} names episode {wrong[0]!r}, but {store.path} has {store.episodes} episodes: 0 to {store.episodes - 1}")
 
 
 def deal(n: int, ratio: float | Sequence[float], parts: int, seed: int) -> list[list[int]]:
@@ -104,18 +108,17 @@ class Idle:
 
 
 def trim(source: Path | str, dst: Path | str, *, drop: Sequence[int] = (), keep: Sequence[int] | None = None, steps: Sequence[int | None] | None = None,
-         idle: Idle | None = None, drop_keys: Sequence[str] = (), shortest: int = 1) -> tuple[Store, list[str]]:
+         idle: Idle | None = None, drop_keys: Sequence[str] = (), shortest: int = 1, missing: str = "error") -> tuple[Store, list[str]]:
     """A dataset without some episodes (drop, or all but keep), steps and keys; and what was cut, in words.
 
     steps [lo, hi): of every episode, as python slices; null is the end.   shortest: episodes that have fewer steps left are left out.
     """
-    store = Store.open(source)
+    store = Store.open(source, missing=missing)
     free(dst)
     if drop and keep is not None:
         raise ValueError("say which episodes to drop or which to keep, not both")
     chosen = [i for i in (range(store.episodes) if keep is None else keep) if i not in set(drop)]
-    for i in [*drop, *chosen]:
-        store.span(i)
+    _are_there(store, [*drop, *(keep or ())], "drop" if drop else "keep")
     if unknown := [k for k in drop_keys if k not in store.keys]:
         raise KeyError(f"drop_keys: {unknown[0]!r} is not in {store.path} (known: {', '.join(store.keys)})")
     if len(set(chosen)) != len(chosen):

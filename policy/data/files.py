@@ -220,7 +220,8 @@ def _direct(files: Files, chunks: Chunks, array: zarr.Array, name: str, span: tu
 
 def _missing(files: Files, name: str, file: str, holding: str) -> DataError:
     return DataError(f"{files.path}: {name} lacks the file {file}, which holds {holding}. Copy the dataset again; if its writer "
-                     "leaves out chunks of zeros (zarr-python 3 does by default), open it with missing='zeros'")
+                     "leaves out chunks of zeros (zarr-python 3 does by default), read them as zeros: missing=zeros after dipole data, data.missing=zeros "
+                     "after dipole train, Store.open(path, missing='zeros') in Python")
 
 
 def _undecodable(files: Files, name: str, file: str, holding: str, why: str) -> DataError:

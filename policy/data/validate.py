@@ -52,10 +52,10 @@ class Report:
                 "findings": [f.to_json() for f in self.findings]}
 
 
-def validate(path: Path | str, *, skip: Sequence[str] = (), progress: Progress | None = None, **how: Any) -> Report:
+def validate(path: Path | str, *, skip: Sequence[str] = (), missing: str = "error", progress: Progress | None = None, **how: Any) -> Report:
     """Every check but those in skip (names of CHECKS) on the store at path; a store that cannot be opened is a report with one error.
 
-    progress(name of a check, how many are done, of how many).   how: as Data takes it (action, horizon, val_ratio, seed, image_bytes).
+    missing: as Store.open takes it.   progress(name of a check, how many are done, of how many).   how: as Data takes it (action, horizon, val_ratio, seed, image_bytes).
     """
     start = time.perf_counter()
     path = where(path)
@@ -65,7 +65,7 @@ def validate(path: Path | str, *, skip: Sequence[str] = (), progress: Progress |
         wrong = bounds(files := Files(path))
         if any(f.severity == "error" for f in wrong):
             return Report(str(path), ordered(wrong), seconds=time.perf_counter() - start)
-        store = Store.open(path)
+        store = Store.open(path, missing=missing)
     except DataError as error:
         return Report(str(path), [unreadable(str(error))], seconds=time.perf_counter() - start)
     report = check(store, skip=skip, progress=progress, chunks={key: files.array(f"data/{key}").chunks[0] for key in store.keys}, **how)

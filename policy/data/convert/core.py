@@ -56,15 +56,17 @@ def detect(path: Path | str) -> str:
     raise DataError(f"{path} is no format that is known here. Looked for:{looked}")
 
 
-def open_source(path: Path | str, format: str | None = None, *, fps: float | None = None, **options: Any) -> Source:
+def open_source(path: Path | str, format: str | None = None, *, fps: float | None = None, missing: str = "error", **options: Any) -> Source:
     """A foreign dataset, read only as far as to know what is in it.   options: of the format's `read`, ValueError for others.
 
-    fps: the rate to lay it on [Hz], for a format without steps of its own.
+    fps: the rate to lay it on [Hz], for a format without steps of its own.   missing: error or zeros, for zarr, see Store.open.
     """
     name = format or detect(path)
     reader, path = module(name), _here(path)
     if fps and "fps" in inspect.signature(reader.read).parameters:
         options = {"fps": fps, **options}
+    if missing != "error":
+        options = {"missing": missing, **options}
     return reader.read(path, **_allowed(name, reader.read, options))
 
 
@@ -86,16 +88,17 @@ def _allowed(name: str, function: Callable, options: Mapping[str, Any]) -> dict[
     return dict(options)
 
 
-def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, Any] | Path | str | None = None, progress: Progress | None = None,
-            **entries: Any) -> Converted:
+def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, Any] | Path | str | None = None, missing: str = "error",
+            progress: Progress | None = None, **entries: Any) -> Converted:
     """src in another format -> a store at dst; or, where src is a store, dst in another format (`format`, by default the one it came from).
 
-    mapping and entries: see policy.data.convert.mapping; entries (fps=20, keys={…}) win.   dst appears when it is complete, and is never overwritten.
+    mapping and entries: see policy.data.convert.mapping; entries (fps=20, keys={…}) win.   missing: zeros reads the
+    chunks of zeros that a zarr writer left out, see Store.open.   dst appears when it is complete, and is never overwritten.
     """
     src, dst, rules = where(src), free(dst), Rules.of(mapping).but(**entries)
     if is_store(src) and not (rules.format and module(rules.format).detects(src)):
-        return _back(src, dst, rules)
-    source = open_source(src, rules.format, **{"fps": rules.fps, **rules.options})
+        return _back(src, dst, rules, missing)
+    source = open_source(src, rules.format, **{"fps": rules.fps, "missing": missing, **rules.options})
     plan = Plan.of(source, rules)
     with beside(dst) as part:
         store = Store.create(part, plan.schema, fps=plan.fps, units=plan.units, action_semantics=plan.semantics.text or None, attrs=plan.attrs,
@@ -105,8 +108,8 @@ def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, A
         return Converted(dst, source.format, store.episodes, store.steps, plan.names, tuple([*source.notes, *plan.notes]))
 
 
-def _back(src: Path, dst: Path, rules: Rules) -> Converted:
-    store = Store.open(src)
+def _back(src: Path, dst: Path, rules: Rules, missing: str) -> Converted:
+    store = Store.open(src, missing=missing)
     name = rules.format or (store.attrs.get("source") or {}).get("format")
     if not name:
         raise DataError(f"{src} is a store of dipole already. To write it in another format name that: format=… ({', '.join(writers())}); "

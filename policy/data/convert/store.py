@@ -17,8 +17,8 @@ def detects(path: Path) -> bool:
         return False
 
 
-def read(path: Path) -> Source:
-    store = Store.open(path)
+def read(path: Path, *, missing: str = "error") -> Source:
+    store = Store.open(path, missing=missing)
     meant = {"text": store.action_semantics or "", **{k: v for k, v in (store.attrs.get("action") or {}).items() if v or k != "text"}}
     return Source(path, "store", store.schema, lambda: (store.episode(i) for i in range(store.episodes)), store.episodes, fps=store.fps, units=store.units,
                   action="action" if "action" in store.keys else None, semantics=Semantics.from_json(meant), obs=store.attrs.get("obs"),
