@@ -200,7 +200,7 @@ def run(twin: Twin, link: Link, *, log: Log | None = None, every: int = 1, stall
     stall: s after the start, and how many s it hangs then (a test's fault).   every: physics steps between two states sent.
     alone: False ends it when its standard input closes, as that of a parent that died does.
     """
-    start, late, worst, slips = time.monotonic() + 0.02, np.zeros(1 << 16), 0.0, 0
+    start, late, worst, slips = time.monotonic() + 0.02, np.full(1 << 16, 0.0), 0.0, 0  # filled, so that its memory is taken now
     begun, k, moved = twin.step, 0, twin.step
     while not link.quit or (twin.step - moved) * twin.dt < SETTLE:
         deadline = start + k * twin.dt
