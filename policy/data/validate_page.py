@@ -113,8 +113,8 @@ def strips(data: Data, findings: Sequence[Finding]) -> str:
             drawn.append(f'<rect class="mark {COLOUR[f.severity]}" x="{at(lo):.1f}" y="{y}" width="{max(2.0, at(hi) - at(lo)):.1f}" height="{each - 3}" '
                          f'opacity="{0.45 if hi - lo > longest / 4 else 0.9}"><title>{escape(f"{f.code} {f.where}: {said}")}</title></rect>')
     axis = "".join(f'<text x="{at(v):.1f}" y="{h - 6}" text-anchor="middle">{number(v)}</text>' for v in ticks(0, longest, 10))
-    note = f"each bar is an episode; {len(data.ends) - len(marks)} without any are not drawn" + \
-        (f", nor {len(marks) - len(shown)} with few" if len(marks) > len(shown) else "")
+    note = f"each bar is an episode; findings in {len(marks)} of {len(data.ends)}" + \
+        (f", drawn: the {len(shown)} with most" if len(marks) > len(shown) else "")
     legend = "".join(f'<span class="key {COLOUR[s]}"><small>{s}</small></span>' for s in SEVERITIES)
     return (f'<h2>Where</h2><div class="card"><h3>Findings over the steps of the episodes{legend}<small>{note}</small></h3>'
             f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="findings by episode">{"".join(drawn)}{axis}</svg></div>')

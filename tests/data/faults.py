@@ -49,6 +49,7 @@ FAULTS = {
     "rate": Fault("rate", "error", motion.rate),
     "late": Fault("action_lag", "error", meaning.late(5)),
     "copy": Fault("action_lag", "error", meaning.copy_of_state),
+    "copy of three": Fault("action_lag", "error", meaning.copy_of_three),
     "kind": Fault("action_kind", "error", meaning.kind),
     "kind of delta": Fault("action_kind", "error", meaning.kind_of_delta),
     "mixed": Fault("action_mixed", "error", meaning.mixed),

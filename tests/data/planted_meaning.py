@@ -21,6 +21,11 @@ def copy_of_state(d: Arrays) -> list[tuple]:
     return [("action", 0, None, 0, 0)]
 
 
+def copy_of_three(d: Arrays) -> list[tuple]:
+    d.arrays["action"][:, :3] = d.arrays["joints"][:, :3]
+    return [("action", c, None, 0, 0) for c in range(3)]
+
+
 def as_deltas(d: Arrays, episodes) -> None:
     for e in episodes:
         target = d.arrays["action"][d.span(e)][:, :6].astype(np.float64)

@@ -112,17 +112,11 @@ def lag(data: Data) -> list[Finding]:
     kind, lags, mean = curve
     use = np.flatnonzero(found.targets if kind == "target" else found.deltas)
     best = int(lags[mean.argmax()])
-    copies = [int(k) for k, row in zip(lags, found.apart[:, use], strict=True) if (row < COPY).all()] if kind == "target" else []
-    before = copies[-1] if copies else best
-    shift = max(1, 1 - before)
-    fix = f"Check which clock stamped them; to take each action {counted(shift, 'step')} later, convert with action_from: " \
-        f"[{{key: {data.action}, shift: {shift}}}] in the mapping"
-    if copies and before <= 0:
-        return [finding("error", "action_lag", "the action is a copy of the state " + ("of the same frame" if before == 0 else f"{-before} steps before"),
-                        key=data.action, channels=use, why="The policy learns to stay where it is: it reads the answer off its observation.", fix=fix,
-                        lag=before)]
+    if kind == "target" and (copied := copies(data, found, use)):
+        return copied
     if periodic(lags, mean, best):
         return []
+    fix = later(data, best)
     sure = kind == "target" or data.semantics.kind in ("delta", "velocity")  # an effort may answer the state's change: that is how a controller damps
     first = float(mean[lags >= 0].max())
     clear = mean.max() > first + MARGIN or 1 - mean.max() ** 2 < LEFT * (1 - first ** 2)
@@ -139,6 +133,26 @@ def lag(data: Data) -> list[Finding]:
                         why="A slow robot, or actions stamped early: the observation shows little of what the newest actions did.",
                         fix="A horizon of several times that lag; and the action as observation, if the robot knows it", lag=best)]
     return []
+
+
+def copies(data: Data, found: Pairs, use: NDArray[np.intp]) -> list[Finding]:
+    """Action channels that are a state of the same frame or of one before: a part is enough, for the gripper beside it may well be commanded."""
+    close = found.apart[:, use] < COPY
+    last = np.where(close.any(axis=0), found.lags[len(close) - 1 - close[::-1].argmax(axis=0)], 1)  # of a lag that is ahead there is nothing to say
+    copied = use[last <= 0]
+    if not len(copied):
+        return []
+    before, some_of = int(last[last <= 0].max()), len(copied) < len(use)
+    what = f"{len(copied)} of {len(use)} channels of the action are copies" if some_of else "the action is a copy"
+    return [finding("error" if len(copied) > 1 or not some_of else "warning", "action_lag",
+                    f"{what} of the state " + ("of the same frame" if before == 0 else f"{-before} steps before"), key=data.action, channels=copied,
+                    why="The policy learns to stay where it is: it reads the answer off its observation.", fix=later(data, before), lag=before)]
+
+
+def later(data: Data, lag: int) -> str:
+    shift = max(1, 1 - lag)
+    return f"Check which clock stamped them; to take each action {counted(shift, 'step')} later, convert with action_from: " \
+        f"[{{key: {data.action}, shift: {shift}}}] in the mapping"
 
 
 def periodic(lags: NDArray[np.int64], mean: Array, best: int) -> bool:

@@ -78,7 +78,7 @@ def same_start(data: Data) -> list[Finding]:
     return [finding("note", "same_start", f"{len(same)} of {len(val)} validation episodes begin where a training episode does: "
                     + some([f"{e} as {other}" for e, other in same], 6), places=[Place(e, 0, 1, text=f"as episode {other}") for e, other in same],
                     why="The validation loss says little of new starts: the policy has seen how this one went on.",
-                    fix="Another seed of the split, data.seed=…; or record from other starts")]
+                    fix="Record from other starts; or take more of the episodes for validation: data.val_ratio=0.1 in training")]
 
 
 def nearest(first: NDArray[np.float64], e: int, others: NDArray[np.int64]) -> tuple[int, float]:
