@@ -17,13 +17,14 @@ from policy.train.log import console
 COLOURS = {"RUN": "#15935a", "DEGRADED": "#d97706", "BRAKE": "#d33c3c", "HOLD": "#2563eb", "STOP": "#1b1f24"}
 FPS = 25
 SHOWN = 12.0  # s of the timeline that are drawn: the first of episodes, else the last
+FILMED = 30.0  # s of the video, likewise: drawing takes longer than playing
 
 
 def write(folder: Path, facts: dict[str, Any], journal: Journal, robot: RobotSpec, node: DictConfig) -> Path:
     """deploy.json, timeline.png, video.mp4 where there is a simulated robot's log, report.html."""
     page.save_json(folder / "deploy.json", facts)
     timeline(folder / "timeline.png", journal, robot, last=not facts["episodes"])
-    films = film(folder, node) if (folder / "robot.npz").exists() else {}
+    films = film(folder, node, last=not facts["episodes"]) if (folder / "robot.npz").exists() else {}
     parts = [head(facts, robot), note(facts), cards(facts), '<h2>What happened</h2><div class="card"><img src="timeline.png" style="width:100%"></div>',
              page.videos(folder, films), events(journal), numbers(facts)]
     return page.write(folder / "report.html", f"{robot.name} · deployment", parts)
@@ -125,7 +126,7 @@ def timeline(out: Path, journal: Journal, robot: RobotSpec, *, last: bool = Fals
     plt.close(fig)
 
 
-def film(folder: Path, node: DictConfig) -> dict[str, Any]:
+def film(folder: Path, node: DictConfig, *, last: bool = False) -> dict[str, Any]:
     """video.mp4 of what the simulated robot recorded, {} where it cannot be drawn."""
     try:
         import imageio
@@ -134,17 +135,19 @@ def film(folder: Path, node: DictConfig) -> dict[str, Any]:
         from envs.task import Task
         options: Any = OmegaConf.to_container(node.driver).get("options")  # type: ignore[union-attr]
         task: Task = get_class(node.driver.task.replace(":", "."))(**(options or {}))
-        qpos, mocap, success = states(folder / "robot.npz")
+        qpos, mocap, count = states(folder / "robot.npz", last=last)
         frames = render.frames(task.model, qpos, mocap, camera=task.camera, size=384)
         imageio.mimwrite(folder / "video.mp4", list(frames), fps=FPS, codec="libx264", quality=7)
-    except Exception as e:  # of whatever kind: the numbers are worth more than the pictures
-        console.print(f"[yellow]no video: {e}. The numbers are saved; `dipole doctor` says how to get a GL backend[/]", highlight=False)
+    except (Exception, KeyboardInterrupt) as e:  # of whatever kind, and who has no time to wait: the numbers are worth more than the pictures
+        console.print(f"[yellow]no video: {str(e) or 'interrupted'}. The numbers are saved; `dipole doctor` says how to get a GL backend[/]", highlight=False)
         return {}
-    return {"videos": [{"file": "video.mp4", "caption": f"the simulated robot in real time, {page.counted(success, 'episode')}", "wide": True}]}
+    return {"videos": [{"file": "video.mp4", "caption": f"the simulated robot in real time, {page.counted(count, 'episode')}", "wide": True}]}
 
 
-def states(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
-    """qpos (t, nq) and mocap_pos (t, nmocap, 3), FPS a second, of the steps in which the robot had been told to move; how many episodes these are."""
+def states(path: Path, *, last: bool = False) -> tuple[np.ndarray, np.ndarray, int]:
+    """qpos (t, nq) and mocap_pos (t, nmocap, 3), FPS a second, of the steps in which the robot had been told to move, the first or last FILMED s; how many
+    episodes these are.
+    """
     with np.load(path) as log:
         commanded, episode, qpos, number, mocap, dt = (log[k] for k in ("commanded", "episode", "qpos", "number", "mocap", "dt"))
     moves = np.r_[False, np.abs(np.diff(commanded, axis=0)).max(1) > 0] & (np.r_[-1, episode[:-1]] == episode)
@@ -152,6 +155,7 @@ def states(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
     half = every * FPS // 4  # a quarter of a second around
     near = np.convolve(moves, np.ones(2 * half + 1))[half: half + len(moves)] > 0
     kept = np.flatnonzero(near & np.isin(episode, episode[moves]))[::every]
+    kept = kept[-round(FILMED * FPS):] if last else kept[:round(FILMED * FPS)]
     where = {int(n): i for i, n in enumerate(number)}
     return qpos[kept], mocap[[where[int(n)] for n in episode[kept]]], len(np.unique(episode[kept]))
 

@@ -83,3 +83,17 @@ def test_a_disk_that_refuses_costs_lines_and_nothing_else():
     rig.run(3.0)
     journal.close()
     assert rig.modes[-1] == "RUN" and "No space left" in next(e["why"] for e in journal.events if e["event"] == "unwritten")
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_long_run_is_filmed_for_half_a_minute(tmp_path, last):
+    """20 episodes of 10 s, in each of which the robot moves for 4."""
+    n, dt = 40_000, 0.005
+    t = np.arange(n) * dt
+    episode, moving = (t // 10).astype(int), t % 10 < 4
+    np.savez(tmp_path / "robot.npz", commanded=np.cumsum(moving)[:, None] * 1e-3, episode=episode, qpos=t[:, None], number=np.arange(20),
+             mocap=np.arange(20.0)[:, None, None], dt=dt)
+    qpos, mocap, count = deploy_page.states(tmp_path / "robot.npz", last=last)
+    assert len(qpos) == deploy_page.FILMED * deploy_page.FPS and count == 7
+    assert (qpos[0, 0] < 0.1 and 60 < qpos[-1, 0] < 70) if not last else (190 < qpos[-1, 0] < 194.5 and 130 < qpos[0, 0] < 140)
+    assert np.array_equal(mocap[:, 0, 0], qpos[:, 0] // 10)
