@@ -1,4 +1,5 @@
 """Export a trained planner for robot computers, compared and timed: dipole export run=outputs/gantry format=onnx."""
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,10 +52,16 @@ def compared(policy: PlannerBackend, backend: Backend, seen: Sequence[dict[str, 
         said = f"actions differ from the planner's by up to {worst:.1e} of half their range ({each})"
         if precision != "fp32" or accept:
             raise ValueError(f"precision={precision}: {said}, more than {f'accept={accept}' if accept else f'{PARITY:.0e}'}, so nothing was written. "
-                             f"Where a robot may differ so much, say it: accept={1.2 * worst:.1g}; else precision=fp32")
+                             f"Where a robot may differ so much, say it: accept={above(worst):g}; else precision=fp32")
         raise ValueError(f"the export does not plan as the planner does: {said}, more than {PARITY:.0e} and than {SENSITIVE} times the planner's own rounding, "
                          "so nothing was written. Please report this, with the run's config.yaml")
     return {"observations": f"{len(seen)} {source}", "worst": worst, "accept": accept, "merges": {merge: one.to_json() for merge, one in merges.items()}}
+
+
+def above(x: float) -> float:
+    """The next number of one digit: .12 -> .2."""
+    digit = 10.0 ** math.floor(math.log10(x))
+    return math.ceil(x / digit) * digit
 
 
 def latency(policy: PlannerBackend, backend: Backend, exact: Backend | None, seen: Sequence[dict[str, np.ndarray]], rounds: int) -> Rows:
