@@ -65,6 +65,8 @@ FAULTS = {
     "half": Fault("precision", "warning", meaning.half),
     "epoch": Fault("precision", "warning", meaning.epoch),
     "outlier": Fault("outlier", "warning", meaning.outlier, also=("glitch",)),
+    "huge": Fault("huge", "error", meaning.huge, also=("glitch", "outlier")),
+    "image half": Fault("image_range", "error", meaning.image_half),
     "image float": Fault("image_range", "warning", meaning.image_float),
     "image mixed": Fault("image_range", "error", meaning.image_mixed),
     "image lost": Fault("image_range", "error", meaning.image_lost),

@@ -104,6 +104,12 @@ def outlier(d: Arrays) -> list[tuple]:
     return [("joints", 3, 21, 66, 67)]
 
 
+def huge(d: Arrays) -> list[tuple]:
+    d.arrays["joints"][d.start(21) + 66, 3] = 1e30
+    d.attrs["units"] = {}
+    return [("joints", 3, 21, 66, 67)]
+
+
 def whole_numbers(d: Arrays) -> list[tuple]:
     for key in ("joints", "action"):
         d.arrays[key] = 1000 * d.arrays[key]
@@ -130,6 +136,14 @@ def image_float(d: Arrays) -> list[tuple]:
 def image_mixed(d: Arrays) -> list[tuple]:
     d.arrays["image"] = d.arrays["image"].astype(np.float32)
     d.arrays["image"][d.span(6)] /= 255
+    return [("image", None, 6, 0, 1)]
+
+
+def image_half(d: Arrays) -> list[tuple]:
+    """Two sources, one that normalises: most frames are of 0 … 1."""
+    d.arrays["image"] = d.arrays["image"].astype(np.float32)
+    for e in range(16):
+        d.arrays["image"][d.span(e)] /= 255
     return [("image", None, 6, 0, 1)]
 
 

@@ -30,7 +30,8 @@ def images(data: Data) -> list[Finding]:
     for key in data.keys("image"):
         seen = look(data, key)
         wrong = ranges(data, key, seen)
-        out += [*wrong, *([] if any(f.severity == "error" for f in wrong) else blank(data, key, seen)), *frozen(data, key, seen)]
+        unclear = any(f.severity == "error" for f in wrong)  # what is black depends on what is white
+        out += [*wrong, *([] if unclear else blank(data, key, seen)), *frozen(data, key, seen)]
     return out
 
 
@@ -67,9 +68,10 @@ def ranges(data: Data, key: str, seen: Seen) -> list[Finding]:
     if not hi.max() > lo.min():
         return []
     small, large = (hi <= 1.0) & (hi > 0), hi > 1.5
-    if (odd := small & (hi > 0.02) if dtype.kind == "f" else small).any() and large.any() and odd.mean() < 0.5:
+    if (odd := small & (hi > 0.02) if dtype.kind == "f" else small).any() and large.any() and (dtype.kind == "f" or odd.mean() < 0.5):
         return [finding("error", "image_range", f"{odd.sum()} of {len(hi)} frames looked at span 0 … 1, the others 0 … {hi.max():.0f}", key=key,
-                        places=[data.place(int(f)) for f in at[odd]], why=why + " Some would be nearly black.", fix="Multiply those by 255 and store uint8")]
+                        places=stretches(data, at, odd), count=int(odd.sum()), why=why + " Some would be nearly black.",
+                        fix="Multiply those by 255 and store uint8")]
     if dtype.kind == "f" and hi.max() <= 1.0 + 1e-6:
         return [finding("warning", "image_range", f"stored as {dtype} from {lo.min():.3g} to {hi.max():.3g}", key=key,
                         why=why + " As floats they take four to eight times the memory.", fix="Multiply by 255 and store uint8 when converting")]
@@ -83,6 +85,12 @@ def ranges(data: Data, key: str, seen: Seen) -> list[Finding]:
         return [finding("error", "image_range", "stored as uint8, but never above 1: images of 0 … 1 were cast to whole numbers", key=key,
                         why="The pictures are lost: black, with a few dots.", fix="Convert again, multiplied by 255 before the cast")]
     return []
+
+
+def stretches(data: Data, at: NDArray[np.int64], mask: NDArray[np.bool_]) -> list[Place]:
+    """Neighbouring frames of one episode in one place."""
+    cut = np.isin(at, data.starts) | (np.diff(at, prepend=-2) != 1)
+    return [data.place(int(at[a]), int(at[b - 1]) + 1) for a, b in runs(mask, cut)]
 
 
 def blank(data: Data, key: str, seen: Seen) -> list[Finding]:

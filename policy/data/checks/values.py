@@ -13,6 +13,7 @@ DENSER = 20       # times as many as in a bin of 1/200 of the range beside it
 LONELY = 3        # the limits are this many times wider than the range of all but 0.1 % of the frames
 SQUEEZED = 8      # from here on that is a warning
 DIGITS = 4        # a typical step spans fewer of the numbers that the dtype can write than this
+HUGE = 1e9        # and a million times what the channel is otherwise
 STUCK = 10        # frames of exactly the same value, in a channel that otherwise never repeats one
 
 
@@ -36,6 +37,22 @@ def not_finite(data: Data) -> list[Finding]:
         if places:
             out.append(finding("error", "not_finite", f"{frames:,} frames hold NaN or infinity", key=key, channels=channels, places=places, frames=frames,
                                why="One NaN makes the loss NaN and the network is lost; dipole train refuses such data.",
+                               fix=f"Find out why the recorder wrote it; repair the frames, or {drop(data.path, places)}"))
+    return [*out, *huge(data)]
+
+
+def huge(data: Data) -> list[Finding]:
+    """Numbers that no sensor has said: a float32 that was never written, or a fault code."""
+    out = []
+    for key in data.motion:
+        scales, size = data.scales(key), np.maximum(*map(np.abs, data.per_episode(key)))
+        size[~np.isfinite(size)] = 0
+        e, c = np.nonzero(size > np.maximum(HUGE, 1e6 * np.maximum(np.abs(scales.lo), np.abs(scales.hi))))
+        if len(e):
+            places = [worst_step(data, key, int(a), int(b)) for a, b in zip(e[:50], c[:50], strict=True)]
+            out.append(finding("error", "huge", f"reaches {size.max():.3g}, where all but 0.2 % of it stay below "
+                               f"{np.abs([scales.lo, scales.hi]).max(axis=0)[c].max():.3g}", key=key, channels=c, places=places, count=len(e),
+                               why="No sensor says this: one such value is the whole range of the normaliser, and its square is infinite in the loss.",
                                fix=f"Find out why the recorder wrote it; repair the frames, or {drop(data.path, places)}"))
     return out
 
