@@ -67,8 +67,12 @@ def is_path(arg: str) -> bool:
 
 
 def quoted(arg: str) -> str:
-    """`path=rün` -> `path='rün'`: hydra's grammar of plain values knows ASCII only. `hydra.launcher=slurm` -> `hydra/launcher=submitit_slurm`."""
+    """`path=rün` -> `path='rün'`: hydra's grammar of plain values knows ASCII only. `hydra.launcher=slurm` -> `hydra/launcher=submitit_slurm`.
+    `data=[{path: a.zarr, weight: 3}]` -> `data.path=[…]`.
+    """
     key, equals, value = arg.partition("=")
+    if key == "data" and value.startswith("["):  # of datasets; hydra would look for several files in conf/data
+        key, arg = "data.path", f"data.path={value}"
     if key in ("hydra.launcher", "hydra/launcher"):
         return f"hydra/launcher={LAUNCHERS.get(value, value)}"
     plain = value.isascii() or arg.startswith("-") or value[:1] in "'\"[{"

@@ -52,6 +52,7 @@ def test_an_unknown_verb_names_the_closest_one():
     (["--config-name", "other", "-cd", "folder"], ["--config-name", "other", "-cd", "folder"]),
     ([], []),
     (["compare", "a b", "out=c", "it's"], ["do=compare", "out=c", "runs=['a b','it\\'s']"]),
+    (["data=[{path: a.zarr, weight: 3}, b.zarr]"], ["data.path=[{path: a.zarr, weight: 3}, b.zarr]"]), (["data=own"], ["data=own"]),
     (["compare", "a/eval/policy", "a/eval/policy-sampler=heun", "hydra/launcher=joblib"],  # evaluations are called so
      ["do=compare", "hydra/launcher=joblib", "runs=['a/eval/policy','a/eval/policy-sampler=heun']"]),
 ])

@@ -55,7 +55,8 @@ class Report:
 def validate(path: Path | str, *, skip: Sequence[str] = (), missing: str = "error", progress: Progress | None = None, **how: Any) -> Report:
     """Every check but those in skip (names of CHECKS) on the store at path; a store that cannot be opened is a report with one error.
 
-    missing: as Store.open takes it.   progress(name of a check, how many are done, of how many).   how: as Data takes it (action, horizon, val_ratio, seed, image_bytes).
+    missing: as Store.open takes it.   progress(name of a check, how many are done, of how many).
+    how: as Data takes it (action, horizon, val_ratio, seed, image_bytes).
     """
     start = time.perf_counter()
     path = where(path)

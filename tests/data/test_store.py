@@ -203,7 +203,7 @@ def test_chunks_of_zeros_that_a_writer_left_out(tmp_path, dataset):
     root = zarr.create_group(tmp_path / "theirs.zarr")
     root.create_array("data/action", shape=(50, 2), chunks=(8, 2), dtype="float32")[:] = 0
     root.create_array("meta/episode_ends", data=np.array([50]))
-    with pytest.raises(DataError, match="missing=zeros after dipole data, data.missing=zeros after dipole train"):
+    with pytest.raises(DataError, match=r"missing=zeros after dipole data, data\.missing=zeros after dipole train"):
         Store.open(tmp_path / "theirs.zarr").read("action")
     assert not Store.open(tmp_path / "theirs.zarr", missing="zeros").read("action").any()
     ours = Store.create(tmp_path / "ours.zarr", SCHEMA, fps=1)

@@ -3,6 +3,7 @@
 Only h5py's own numbers and text are read. Its opaque and reference types are refused, so nothing of a file is ever run.
 """
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 DEEPEST = 16
 COMPRESSIONS = ("gzip", "lzf", "szip")
+DAMAGED = (OSError, RuntimeError, KeyError, TypeError, EOFError, UnicodeDecodeError, OverflowError, MemoryError)  # what h5py raises
 
 
 def h5py() -> Any:
@@ -32,12 +34,19 @@ def is_hdf5(path: Path) -> bool:
         return f.read(len(SIGNATURE)) == SIGNATURE
 
 
-def opened(path: Path) -> Any:
-    """The file, for reading.   DataError when it is damaged, or still being written."""
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The file, for reading.   DataError when it is damaged, which h5py may notice at any read, or still being written."""
     try:
-        return h5py().File(path, "r")
-    except OSError as e:
+        f = h5py().File(path, "r")
+    except DAMAGED as e:
         raise DataError(f"{path} cannot be opened as HDF5 ({e}). If a recorder still writes it, wait; if it was downloaded or copied, do that again") from e
+    with f:
+        try:
+            yield f
+        except DAMAGED as e:
+            why = " ".join(str(e).split()) or type(e).__name__
+            raise DataError(f"{path} cannot be read ({why}). It is damaged or truncated: copy it again from its source") from e
 
 
 def leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,10 +5,13 @@ timeouts) at their last steps. Arrays with one row an episode, or of any other l
 Files are read in pieces; a pickled array in them is refused.
 """
 import re
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +26,8 @@ from policy.data.store import Store
 ENDS = ("episode_ends", "episode_end", "ends")
 LENGTHS = ("episode_lengths", "episode_length", "lengths", "traj_lengths")
 FLAGS = ("terminals", "terminal", "dones", "done", "timeouts", "timeout", "terminations", "truncations", "is_last")
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError, KeyError, TypeError, OverflowError, MemoryError, SyntaxError,
+           struct.error, tokenize.TokenError)  # what zipfile and numpy raise
 ACTIONS = ("action", "actions", "act", "acts")
 
 
@@ -195,13 +200,13 @@ class _Arrays:
         self._stack = ExitStack()
         try:
             self._zip = self._stack.enter_context(zipfile.ZipFile(path)) if path.is_file() else None
-        except zipfile.BadZipFile as e:
+        except DAMAGED as e:
             raise DataError(f"{path} is not a readable .npz ({e}). If it was downloaded, download it again") from e
         names = [n for n in self._zip.namelist() if n.endswith(".npy")] if self._zip else sorted(p.name for p in path.glob("*.npy"))
         self.deflated = bool(self._zip and any(i.compress_type for i in self._zip.infolist()))
         self.heads, self._fortran = {}, set()
         for name in names:
-            with self._open(name) as f:
+            with self._intact(name), self._open(name) as f:
                 shape, fortran, dtype = self._head(f, name)
             self.heads[name.removesuffix(".npy")] = (shape, dtype)
             if fortran and len(shape) > 1:
@@ -214,8 +219,18 @@ class _Arrays:
         self._stack.close()
 
     def whole(self, key: str) -> np.ndarray:
-        with self._open(f"{key}.npy") as f:
+        with self._intact(key), self._open(f"{key}.npy") as f:
             return npy.read_array(f, allow_pickle=False)
+
+    @contextmanager
+    def _intact(self, key: str) -> Iterator[None]:
+        """Bytes that are not those written show at the first read or at the last, which compares a checksum."""
+        try:
+            yield
+        except DAMAGED as e:
+            if isinstance(e, DataError):
+                raise
+            raise DataError(f"{self.path}: {key} cannot be read ({e}). The file is damaged or truncated: copy it again from its source") from e
 
     def rows(self, key: str):
         """A function: the next n rows -> (n, *shape)."""
@@ -223,11 +238,13 @@ class _Arrays:
         if key in self._fortran or not (size := int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize):  # columns first: nothing to stream
             x = iter(self.whole(key))
             return lambda n: np.stack([next(x) for _ in range(n)]) if n else np.zeros((0, *shape[1:]), dtype)
-        f = self._stack.enter_context(self._open(f"{key}.npy"))
-        self._head(f, key)
+        with self._intact(key):
+            f = self._stack.enter_context(self._open(f"{key}.npy"))
+            self._head(f, key)
 
         def take(n: int) -> np.ndarray:
-            data = f.read(n * size)
+            with self._intact(key):
+                data = f.read(n * size)
             if len(data) != n * size:
                 raise DataError(f"{self.path}: {key} ends early. The file is truncated: copy it again from its source")
             return np.frombuffer(data, dtype).reshape(n, *shape[1:])
