@@ -119,6 +119,21 @@ def test_switches_and_counters_are_no_jumps(spotless):
     assert found["episode_index"].code == "missed_border" and str(found["episode_index"].places[0]) == "episode 6, step 50 (+1)"
 
 
+def test_a_gripper_that_closes_in_one_step_is_no_teleport(spotless):
+    """Its width has noise, so it takes many values; whether it closes on things of one size or of several."""
+    data, rng = spotless.copy(), np.random.default_rng(5)
+    n = len(data.arrays["joints"])
+    opened = data.arrays["action"][:, 6] > 0
+    data.arrays["width"] = (np.where(opened, 0.08, 0.02) + 1e-4 * rng.normal(size=n)).astype(np.float32)
+    assert reported(data) == set()
+    size = np.repeat(rng.uniform(0.01, 0.06, len(data.episode_ends)), lengths(data))
+    data.arrays["width"] = (np.where(opened, 0.08, size) + 1e-4 * rng.normal(size=n)).astype(np.float32)
+    assert {f.severity for f in check(data).findings} <= {"note"}, "several sizes"
+    data.arrays["width"][data.start(3) + 20:data.episode_ends[3]] += 0.1
+    teleport(data)
+    assert "pose" in {f.key for f in check(data).findings if f.severity == "warning" and f.code == "jump"}
+
+
 def test_what_rests_at_its_end_or_counts_in_coarse_steps_is_not_clipped(spotless):
     """A hand that closes smoothly and stays closed; a dial that goes to and fro in steps of 5 %."""
     data = spotless.copy("joints", "action")

@@ -18,6 +18,8 @@ JUMP = 6            # times the step that 97 % of the steps stay below
 REACH = 0.12        # of the channel's range, at least
 ALONE = 4           # times the steps before and after
 TOGETHER = 0.5      # of all smooth channels step at once: that is another episode
+LEVELS, AT = 0.85, 0.1  # share of frames within as much of its range of either end: a hand that is open or closed
+OFTEN = 0.5         # of the episodes: what leaps there in one step is made so
 IDLE_WHY = {"idle_start": ("at the start", "The policy learns to wait at the start, and one without memory then waits for ever.", "head"),
             "idle_middle": ("within", "The policy learns that standing still is right there, and may get stuck.", ""),
             "idle_end": ("at the end", "The policy learns to rest there: harmless where the task is done, a trap where it is not.", "tail")}
@@ -85,6 +87,8 @@ def jumps(data: Data) -> list[Finding]:
     for key in data.keys("state"):
         smooth[key] &= ~rates(data, key)  # what touches something changes its speed at once
     for key in data.motion:
+        smooth[key] &= ~two_levels(data, key)
+    for key in data.motion:
         for frame, channels, back in steps_out(data, key, smooth[key]):
             if back:
                 glitch.setdefault(key, {})[frame] = channels
@@ -101,8 +105,21 @@ def jumps(data: Data) -> list[Finding]:
                            fix=f"Write the missing ends ({', '.join(map(str, sorted(borders)[:8]))}) into meta/episode_ends; or {drop(data.path, places)}"))
     for key in data.motion:
         teleports = {f: of[key] for f, of in step_at.items() if key in of and f not in borders}
-        out += [jumped(data, key, code, at) for code, at in (("jump", teleports), ("glitch", glitch.get(key, {}))) if at]
+        usual = in_most(data, teleports)
+        parts = [{f: part for f, of in teleports.items() if (part := [c for c in of if (c in usual) == often])} for often in (False, True)]
+        out += [jumped(data, key, code, at) for code, at in (("jump", parts[0]), ("glitch", glitch.get(key, {}))) if at]
+        out += [switched(data, key, parts[1])] if parts[1] else []
     return out
+
+
+def two_levels(data: Data, key: str) -> NDArray[np.bool_]:
+    """(c,): channels that are at either end nearly always and come from one to the other in a step: a gripper, though noise gives it many values."""
+    x, scales = data.sample(key).values, data.scales(key)
+    if not len(x):
+        return np.zeros(data.width(key), bool)
+    place = (x - scales.lo) / np.maximum(scales.range, 1e-12)
+    ends = (place < AT).mean(axis=0), (place > 1 - AT).mean(axis=0)
+    return (ends[0] + ends[1] > LEVELS) & (np.minimum(*ends) > 0.02)
 
 
 def steps_out(data: Data, key: str, smooth: NDArray[np.bool_]) -> Iterable[tuple[int, list[int], bool]]:
@@ -134,6 +151,23 @@ def is_border(data: Data, frame: int, of: dict[str, list[int]], smooth: dict[str
     """Half of the channels of the states, which are at least three, step out of line together."""
     n = sum(len(of.get(key, ())) for key in smooth)
     return n >= 3 and n >= TOGETHER * sum(smooth.values())
+
+
+def in_most(data: Data, at: dict[int, list[int]]) -> set[int]:
+    """Channels that leap in most episodes, of which there are at least four."""
+    episodes: dict[int, set[int]] = {}
+    for frame, of in at.items():
+        for c in of:
+            episodes.setdefault(c, set()).add(data.place(frame).episode)
+    return {c for c, some_of in episodes.items() if len(some_of) > OFTEN * len(data.ends) >= 2}
+
+
+def switched(data: Data, key: str, at: dict[int, list[int]]) -> Finding:
+    places = [data.place(frame, channel=of[0]) for frame, of in sorted(at.items())]
+    return finding("note", "jump", f"leaps in one step in most episodes, in {counted(len(at), 'place')}: a gripper, a switch, a reset within each?",
+                   key=key, channels={c for of in at.values() for c in of}, places=places, count=len(at),
+                   why="What happens in every episode is rarely a fault of the recording.",
+                   fix=f"Nothing, where it is a gripper; else dipole data view path={data.path} episode={places[0].episode}")
 
 
 def jumped(data: Data, key: str, code: str, at: dict[int, list[int]]) -> Finding:
