@@ -187,7 +187,7 @@ def rollout(planner: Planner, cfg: DictConfig, folder: Path, *, episodes: int, s
             raise ValueError(f"{name} observes {space}; a policy needs named observations (a gymnasium Dict space)")
         planner.spec.check({k: v.shape for k, v in space.spaces.items()}, envs.single_action_space.shape[0], fps, name)
         by = f"{(extra or {}).get('run', folder)}, {cfg.get('checkpoint', 'policy')}"
-        with recorder(cfg.get("record"), planner.spec, fps, task=name, env=plain(cfg.env), by=by) as to, bar() as progress:
+        with recorder(cfg.get("record"), planner.spec, fps, task=name, env=plain(cfg.env), data=plain(cfg.get("data") or {}), by=by) as to, bar() as progress:
             task = progress.add_task("roll out", total=episodes, note="")
             report = evaluate_in_lanes([(Controller(planner, **cfg.control), each) for _, _, each in made], episodes, seed, task=name, until=until,
                                        on_progress=lambda n: progress.update(task, completed=n), keep=keeping(to, cfg.get("record_only", "all")))

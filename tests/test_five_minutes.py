@@ -16,6 +16,12 @@ def page() -> str:
     return re.search(r"## Your data in five minutes\n(.*?)(?=\n\*\*|\n## )", README.read_text(encoding="utf-8"), re.DOTALL)[1]  # type: ignore[index]
 
 
+def learns() -> list[str]:
+    """The commands of "What the policy learns" on this page's datasets."""
+    text = re.search(r"\*\*What the policy learns.*?```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]  # type: ignore[index]
+    return [f"{line.partition(' #')[0]} train.steps=5" for line in text.splitlines() if "umi" not in line]
+
+
 @pytest.mark.slow
 def test_the_page_works_as_it_stands(tmp_path_factory):
     shell, start = Shell(tmp_path_factory.mktemp("five")), time.monotonic()
@@ -23,8 +29,9 @@ def test_the_page_works_as_it_stands(tmp_path_factory):
     mapping, = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (shell.folder / "mine.yaml").write_text(mapping, encoding="utf-8")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines() if line]
+    assert len(learns()) == 2
     try:
-        for line in lines:
+        for line in [*lines, *learns()]:
             program, *words = shlex.split(line, comments=True)
             assert program == "dipole"
             done = shell(*words)

@@ -220,6 +220,8 @@ def test_eval_records_what_happened_as_demonstrations(shell, run):
         assert done.code == 0, done.err
     store, env = Store.open(shell.folder / "policy.zarr"), TaskEnv(Gantry(max_steps=11))
     assert (store.episodes, store.fps, store.attrs["task"], store.attrs["policy"]) == (6, 10, "gantry", "run, policy")
+    assert store.attrs["action"] == Store.open(shell.folder / "demos.zarr").attrs["action"]
+    assert (store.attrs["action"]["kind"], store.attrs["action"]["of"]) == ("absolute", "hand")
     starts = set()
     for i in range(6):
         got = store.episode(i)

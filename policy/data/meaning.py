@@ -48,7 +48,8 @@ class Known:
             return replace(known, lacks=f"{name} does not say which observation its actions are about (attribute action: of, of_take)")
         of = list(range((widths or {}).get(said.of, len(moving))) if said.of_take is None else said.of_take)
         if len(of) != len(moving):
-            return replace(known, lacks=f"{name} says that {len(moving)} action channels are about {len(of)} of {said.of!r}, so which belongs to which is open")
+            return replace(known, lacks=f"{name} says that {len(moving)} action channels are about {len(of)} of {said.of!r}, so which belongs to which is "
+                                        "open: name the action's channels, those about it in its order, like parts: {position: [0, 1, 2], gripper: [3]}")
         for observation, (key, take) in seen.items():
             if key == said.of and set(of) <= set(of if take is None else take):
                 at = {i: j if take is None else list(take).index(j) for i, j in zip(moving, of, strict=True)}
