@@ -6,7 +6,7 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
 from policy.data.chunks import Chunks, Damaged
-from policy.data.files import Files, read_rows
+from policy.data.files import DataError, Files, read_rows
 from policy.data.places import Folder
 
 SHAPE = (37, 4, 3)
@@ -85,15 +85,24 @@ def test_every_changed_byte_and_every_cut_is_noticed(tmp_path, zarr_format, code
     whole, chunks = path.read_bytes(), Chunks.of(files.array("data/x"))
     name, which = path.relative_to(tmp_path / "d.zarr").as_posix(), range(chunks.per_file)
     want = np.concatenate(list(chunks.read(Folder(tmp_path / "d.zarr").open(name), which)))
-    noticed = 0
+    noticed, index = 0, len(whole) - (16 * chunks.per_file + 4) * (shards is not None)
     for i in range(len(whole)):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1:])
         try:
             got = np.concatenate(list(chunks.read(Folder(tmp_path / "d.zarr").open(name), which)))
             np.testing.assert_array_equal(got, want)  # a bit that means nothing, such as a reserved one
+            assert i < index  # in the index all of them mean something
         except Damaged:
             noticed += 1
         path.write_bytes(whole[:i])
         with pytest.raises(Damaged):
             list(chunks.read(Folder(tmp_path / "d.zarr").open(name), which))
     assert noticed > 0.97 * len(whole)
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_chunk_of_another_size_is_noticed(tmp_path, rows):
+    files = made(tmp_path, "float32", zarr_format=2, compressors=numcodecs.Zstd(3))
+    (tmp_path / "d.zarr/data/x/0.0.0").write_bytes(numcodecs.Zstd(3).encode(np.zeros((rows, *SHAPE[1:]), "float32")))
+    with pytest.raises(DataError, match=rf"decodes to {48 * rows} bytes instead of 192"):
+        read_rows(files, files.array("data/x"), "data/x", 0, 8, fill_missing=False, holding=lambda a, b: "")

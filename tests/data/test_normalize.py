@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from policy.data import Normalizer
+from policy.data.moments import Moments
+from policy.data.normalize import measured
 
 MODES = ["limits", "gaussian", "quantile", "identity"]
 values = arrays(np.float32, st.tuples(st.integers(2, 40), st.integers(1, 4)), elements=st.floats(-1e4, 1e4, width=32))
@@ -126,3 +128,17 @@ def test_export():
     program = torch.export.export(Net(), (obs,), dynamic_shapes=({"obs.pose": {0: b}, "image": {0: b}},))
     more = {k: torch.cat([v, v]) for k, v in obs.items()}
     torch.testing.assert_close(program.module()(more), Net()(more))
+
+
+def test_quantiles_of_more_than_is_kept_are_of_an_even_sample(monkeypatch):
+    monkeypatch.setattr("policy.data.moments.KEEP", 64)
+    x, seen = torch.arange(1003.0)[:, None] * torch.tensor([1.0, -2.0]), Moments()
+    for part in x.split([1, 7, 200, 33, 500, 262]):
+        seen.add(part)
+    kept = seen.sample()[:, 0]
+    assert kept[0] == 0 and len(kept.diff().unique()) == 1 and 16 <= len(kept) <= 32  # rows of two numbers
+    assert (seen.n, seen.lo.tolist(), seen.hi.tolist()) == (1003, [0, -2004], [1002, 0])
+    torch.testing.assert_close(seen.mean, x.double().mean(0))
+    torch.testing.assert_close(seen.std, x.double().std(0, unbiased=False))
+    lo, hi = (measured("quantile", seen)[0][0] + sign * measured("quantile", seen)[1][0] for sign in (-1, 1))
+    assert abs(lo - 10) < 1003 / 16 and abs(hi - 992) < 1003 / 16

@@ -198,6 +198,15 @@ def test_a_flipped_bit_in_our_own_shard_is_noticed(dataset):
         Store.open(dataset).read("image")
 
 
+def test_a_flipped_bit_in_a_zip_is_noticed(tmp_path):
+    path = zipped(foreign(tmp_path / "theirs.zarr", 2, compressors=None))
+    content = path.read_bytes()
+    at = content.index(EPISODES[0]["pose"].tobytes())
+    path.write_bytes(content[:at + 3] + bytes([content[at + 3] ^ 4]) + content[at + 4:])
+    with pytest.raises(DataError, match=r"data/pose cannot be decoded in the file data/pose/0.0.*its checksum is another"):
+        Store.open(path).read("pose")
+
+
 def test_chunks_of_zeros_that_a_writer_left_out(tmp_path, dataset):
     zeros = [{k: v * 0 for k, v in e.items()} for e in EPISODES]
     root = zarr.create_group(tmp_path / "theirs.zarr")

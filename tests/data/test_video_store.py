@@ -168,6 +168,15 @@ def test_death_around_every_file_leaves_what_was_complete(tmp_path, monkeypatch,
     assert not list(path.rglob("*.partial*"))
 
 
+def test_pieces_of_an_episode_that_was_never_finished_are_gone(store):
+    store.write({k: x[:12] for k, x in EPISODES[2].items()})
+    store.write({k: x[12:30] for k, x in EPISODES[2].items()})
+    again = Store.open(store.path, mode="a")  # who wrote them is dead
+    again.append(EPISODES[0])
+    again.append(EPISODES[3])
+    near(Store.open(store.path).read("image", 99), np.concatenate([EPISODES[0]["image"], EPISODES[3]["image"]]))
+
+
 def test_lost_and_damaged_files(store):
     folder = store.path / "video/image"
     whole = (folder / "000000000026.mp4").read_bytes()
