@@ -29,6 +29,7 @@ class Recorder:
                     recorder.add({"q": q, "action": action})   # what was seen, and what was done about it
                 recorder.end()                                 # or recorder.cancel()
 
+    NaN and infinity are recorded as they are, for an episode is worth more than a frame: dipole data validate finds them, and training refuses them.
     schema: {key: (shape of one frame, dtype)}; that of the first frame when absent, Python numbers and float64 as float32.
     memory: bytes that may wait for the disk; add raises DataError beyond them, and the episode is lost.
     attrs: more of the store's attributes, such as task, action and obs.   ValueError when fps or keys are not the dataset's.
