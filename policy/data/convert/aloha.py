@@ -33,16 +33,18 @@ def read(path: Path) -> Source:
     for file in files:
         with h5.opened(file) as f:
             found, n = dict(h5.leaves(f)), len(f[ACTION])
-            rows = {k: h5.frame(d) for k, d in found.items() if (h5.jpeg(d) or h5.numbers(d)) and d.shape[:1] == (n,)}
+            rows, more = h5.steps(found, n, str(file), images=True)
             if not schema:
                 schema, how = rows, {k: x for k in rows if (x := h5.filters(f[k])) and not h5.jpeg(f[k])}
             if rows != schema:
                 raise h5.differs(file.parent, rows, file.name, schema, files[0].name)
             packed |= {k for k in rows if h5.jpeg(f[k])}
-            each.append({"file": file.name, **h5.rest(f, found, rows)})
+            last = {k: _colours(h5.rows(f[k], n, n + 1), k in packed)[0] for k in more}
+            each.append({"file": file.name, **({"final": last} if last else {}), **h5.rest(f, found, rows)})
     meant = Semantics("absolute", "joint", of=STATE, text="target of qpos") if STATE in schema and schema[STATE][0] == schema[ACTION][0] else Semantics()
     return Source(path, "aloha", schema, lambda: _stream(files, list(schema), packed), len(files), action=ACTION, semantics=meant,
-                  attrs={"task": path.name}, keep={"episodes": each, "filters": how, "jpeg": sorted(packed)})
+                  attrs={"task": path.name}, keep={"episodes": each, "filters": how, "jpeg": sorted(packed)},
+                  notes=h5.left_out({"arrays": {k: x for k, x in e["arrays"].items() if k != "compress_len"}} for e in each))
 
 
 def write(store: Store, path: Path) -> list[str]:
@@ -54,7 +56,8 @@ def write(store: Store, path: Path) -> list[str]:
         said = origin.of_episode(i)
         with h5.h5py().File(inside(path, said.get("file", f"episode_{i}.hdf5")), "w") as f:
             for key, x in origin.episode(i).items():
-                f.create_dataset(key, data=x, **origin.keep.get("filters", {}).get(key, {}))
+                last = said.get("final", {})
+                f.create_dataset(key, data=np.concatenate([x, last[key][None]]) if key in last else x, **origin.keep.get("filters", {}).get(key, {}))
             plain = {"attrs": {**said.get("attrs", {}), **({"compress": np.bool_(False)} if packed and "compress" in said.get("attrs", {}) else {})}}
             arrays = {k: x for k, x in said.get("arrays", {}).items() if not (packed and k == "compress_len")}
             h5.write_rest(f, {**said, "arrays": arrays, **plain})
@@ -69,5 +72,9 @@ def _stream(files: list[Path], keys: list[str], packed: set[str]) -> Iterator[Ep
     for file in files:
         with h5.opened(file) as f:
             n = len(f[ACTION])
-            episode = {k: h5.rows(f[k], 0, n) for k in keys}
-            yield {k: np.ascontiguousarray(x[..., ::-1]) if k in packed and x.shape[-1] == 3 else x for k, x in episode.items()}
+            yield {k: _colours(h5.rows(f[k], 0, n), k in packed) for k in keys}
+
+
+def _colours(x: np.ndarray, packed: bool) -> np.ndarray:
+    """As OpenCV decodes JPEG: the channels turned round."""
+    return np.ascontiguousarray(x[..., ::-1]) if packed and x.shape[-1] == 3 else x

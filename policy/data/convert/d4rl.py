@@ -12,7 +12,7 @@ from policy.data.convert import h5
 from policy.data.convert.back import Origin, observed
 from policy.data.convert.source import Episode, Source
 from policy.data.files import DataError
-from policy.data.store import Schema, Store
+from policy.data.store import Store
 
 FLAGS = ("terminals", "timeouts")
 
@@ -27,7 +27,8 @@ def detects(path: Path) -> bool:
 def read(path: Path) -> Source:
     with h5.opened(path) as f:
         found, n = dict(h5.leaves(f)), len(f["actions"])
-        schema: Schema = {k: (d.shape[1:], d.dtype) for k, d in found.items() if h5.numbers(d) and d.shape[:1] == (n,)}
+        schema, more = h5.steps(found, n, str(path))
+        last = {k: found[k][n] for k in more}
         flags = [k for k in FLAGS if k in schema]
         over = np.zeros(n, bool)
         for k in flags:
@@ -41,6 +42,8 @@ def read(path: Path) -> Source:
         ends = np.append(ends, n)
     if keep["arrays"]:
         notes.append(f"not one row a step, so kept but no keys: {', '.join(keep['arrays'])}")
+    if last:
+        keep["episodes"] = [*({} for _ in ends[1:]), {"final": last}]
     return Source(path, "d4rl", schema, lambda: _stream(path, list(schema), ends), len(ends), action="actions", attrs={"task": path.stem},
                   keep=keep, notes=notes)
 
@@ -65,6 +68,11 @@ def write(store: Store, path: Path) -> list[str]:
                 if key not in f:
                     f.create_dataset(key, (store.steps, *x.shape[1:]), x.dtype, **how.get(key, {}))
                 f[key][lo:hi] = x
+        for key, x in origin.of_episode(store.episodes - 1).get("final", {}).items():
+            whole, attrs = np.concatenate([f[key][()], x[None]]), h5.attrs_of(f[key])
+            del f[key]
+            f.create_dataset(key, data=whole, **how.get(key, {}))
+            h5.set_attrs(f[key], attrs)
         h5.write_rest(f, origin.keep)
     return notes
 

@@ -2,7 +2,8 @@
 
 Only h5py's own numbers and text are read. Its opaque and reference types are refused, so nothing of a file is ever run.
 """
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 
 from policy.data.convert.images import read_image
 from policy.data.files import DataError
+from policy.data.store import Schema
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 DEEPEST = 16
+OBSERVED = re.compile(r"(obs|observations?)(/|$)")
 COMPRESSIONS = ("gzip", "lzf", "szip")
 DAMAGED = (OSError, RuntimeError, KeyError, TypeError, EOFError, UnicodeDecodeError, OverflowError, MemoryError)  # what h5py raises
 
@@ -159,6 +162,32 @@ def differs(path: Any, rows: Mapping[str, Any], where: str, first_rows: Mapping[
     key = sorted(k for k in {*rows, *first_rows} if rows.get(k) != first_rows.get(k))[0]
     has, wants = (f"{r[key][0]} {r[key][1]} a step" if key in r else "missing" for r in (rows, first_rows))
     return DataError(f"{path}: {key!r} is {has} in {where} and {wants} in {first}. Every episode needs the same: repair that one, or remove it from the file")
+
+
+def steps(found: Mapping[str, Any], n: int, where: str, *, images: bool = False) -> tuple[Schema, list[str]]:
+    """Schema of the datasets with one row for each of n steps, and the observations among them that have a last one beside, after the last step.
+
+    where: names the episode, for errors.   images: JPEG files in rows are images.   DataError: another number of observations; complex numbers.
+    """
+    schema: Schema = {}
+    for k, d in found.items():
+        packed = images and jpeg(d)
+        if d.dtype.kind == "c" and d.shape and d.shape[0] in (n, n + 1):
+            raise DataError(f"{where}: {k!r} holds complex numbers ({d.dtype}), which no policy reads. Store real and imaginary part as two channels")
+        if not (packed or numbers(d)) or not d.shape:
+            continue
+        if d.shape[0] == n or (OBSERVED.match(k) and d.shape[0] == n + 1):
+            schema[k] = frame(d) if packed else (d.shape[1:], d.dtype)
+        elif OBSERVED.match(k):
+            raise DataError(f"{where}: {k!r} has {d.shape[0]} rows for {n} steps, so which belongs to which action is open. An observation has one row a step, "
+                            "or a last one more. Repair it, or remove it from the file (del f[…] in h5py)")
+    return schema, [k for k in schema if len(found[k]) == n + 1]
+
+
+def left_out(each: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A note on the arrays that are kept beside the rows, none where there are none."""
+    names = sorted({k for said in each for k in said["arrays"]})
+    return [f"not one row a step, so kept but no keys: {', '.join(names)}"] if names else []
 
 
 def jpeg(dataset: Any) -> bool:

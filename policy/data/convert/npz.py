@@ -19,6 +19,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from policy.data.convert.back import Origin, inside
+from policy.data.convert.own import NAME, dump, load
 from policy.data.convert.source import Episode, Source
 from policy.data.files import DataError
 from policy.data.store import Store
@@ -44,16 +45,18 @@ def read(path: Path) -> Source:
     with _Arrays(path) as arrays:
         n, ends, cut, note = _cut(arrays)
         frames = {k: (shape[1:], dtype) for k, (shape, dtype) in arrays.heads.items() if shape[:1] == (n,) and k != cut.get("key")}
+        own = load(_text(arrays), note)
         whole = {k: arrays.whole(k) for k in arrays.heads if k not in frames and k != cut.get("key")}
     per = {k: x for k, x in whole.items() if x.shape[:1] == (len(ends),)}
     keep = {"layout": "npz" if path.is_file() else "npy", "order": list(arrays.heads), "deflated": arrays.deflated, "cut": cut,
             "arrays": {k: x for k, x in whole.items() if k not in per}, "per_episode": {k: [x.dtype.str, list(x.shape[1:])] for k, x in per.items()},
             "episodes": [{k: x[i] for k, x in per.items()} for i in range(len(ends))]}
-    return Source(path, "npz", frames, lambda: _cut_out(path, frames, ends), len(ends), action=_action(frames), keep=keep, notes=[*note, *_kept(whole)])
+    return Source(path, "npz", frames, lambda: _cut_out(path, frames, ends), len(ends), fps=own.fps, units=own.units, action=_action(frames),
+                  semantics=own.semantics, attrs={"task": own.task} if own.task else {}, obs=own.obs, keep=keep, notes=[*note, *_kept(whole)])
 
 
 def write(store: Store, path: Path) -> list[str]:
-    """One .npz with episode_ends, or the layout the store came from."""
+    """One .npz with episode_ends and what only we say (own.py), or the layout the store came from."""
     origin = Origin.of(store, "npz")
     layout = origin.keep.get("layout", "npz")
     if layout == "files":
@@ -106,7 +109,7 @@ def _small(origin: Origin) -> dict[str, np.ndarray]:
         out[cut["key"]] = store.episode_ends.astype(cut["dtype"])
     elif cut["kind"] == "lengths":
         out[cut["key"]] = np.diff(store.episode_ends, prepend=0).astype(cut["dtype"])
-    return out
+    return out if origin.came else {**out, NAME: np.array(dump(origin))}
 
 
 def _each_an_episode(path: Path, files: list[Path]) -> Source:
@@ -181,7 +184,14 @@ def _action(names: Mapping[str, Any]) -> str | None:
 
 
 def _kept(whole: Mapping[str, np.ndarray]) -> list[str]:
-    return [f"not one row a step, so kept but no keys: {', '.join(whole)}"] if whole else []
+    names = [k for k in whole if k != NAME]
+    return [f"not one row a step, so kept but no keys: {', '.join(names)}"] if names else []
+
+
+def _text(arrays: "_Arrays") -> Any:
+    """Of the array called dipole, see own.py; None where there is none."""
+    shape, dtype = arrays.heads.get(NAME, ((), np.dtype(bool)))
+    return None if NAME not in arrays.heads else arrays.whole(NAME)[()].item() if not shape and dtype.kind == "U" else ""
 
 
 def _told(schema: Mapping[str, Any], key: str) -> str:

@@ -43,6 +43,10 @@ class Plan:
         names = kept(source.schema, rules.skip)
         empty = {k: [list(s), np.dtype(d).str] for k, (s, d) in source.schema.items() if k in names and 0 in s}
         names = [k for k in names if k not in empty]
+        if odd := [k for k in [*names, *(p.key for p in parts)] if np.dtype(source.schema[k][1]).kind not in "fiub"]:
+            what = "complex numbers" if np.dtype(source.schema[odd[0]][1]).kind == "c" else "no numbers"
+            raise DataError(f"{source.path}: {odd[0]!r} holds {what} ({source.schema[odd[0]][1]}), which no policy reads. Store it as floats (of complex ones "
+                            f"real and imaginary part), or leave it out with skip=[{odd[0]}]")
         alone = len(parts) == 1 and parts[0].take is None and not parts[0].shift and len(source.schema[parts[0].key][0]) < 2  # others are flattened
         one = parts[0].key if alone else None
         stored = stored_names(names, rules.keys, one, reserved=["action"] if parts and not one else [])
@@ -53,6 +57,9 @@ class Plan:
         semantics = Semantics.from_json({**_meant(source, rules, parts, stored).to_json(), **(rules.action or {})})
         if semantics.of:
             semantics = replace(semantics, of=stored.get(semantics.of, semantics.of))
+        if rules.action_from is None and not source.action and parts:
+            made = " and ".join(f"{p.key}{'' if p.take is None else list(p.take)}{f' {p.shift} step later' if p.shift else ''}" for p in parts)
+            notes.append(f"the source has no action of its own: it was made of {made}{' side by side' if len(parts) > 1 else ''}; action_from says otherwise")
         if left := [k for k in source.schema if k not in stored and k not in empty]:
             notes.append(f"left out as asked: {', '.join(left)}")
         plan = cls(source, rules, stored, schema, fps, semantics, {}, {}, [] if one else parts, clock, notes)

@@ -14,6 +14,7 @@ import numpy as np
 
 from policy.data.convert import h5
 from policy.data.convert.back import Origin
+from policy.data.convert.own import NAME, dump, load
 from policy.data.convert.source import Episode, Source
 from policy.data.files import DataError
 from policy.data.semantics import Semantics
@@ -34,6 +35,7 @@ def detects(path: Path) -> bool:
 def read(path: Path, *, mask: str | None = None) -> Source:
     """mask: name of a list of episodes below mask/, such as train; None reads all."""
     file = _file(path)
+    notes: list[str] = []
     with h5.opened(file) as f:
         names = _named(f, mask)
         schema, each = _episodes(f, names)
@@ -41,19 +43,22 @@ def read(path: Path, *, mask: str | None = None) -> Source:
         others = [top for top in sorted(f) if top != "data"]
         keep = {"attrs": {"/": h5.attrs_of(f), "data": head, **{top: h5.attrs_of(f[top]) for top in others}}, "filters": _filters(f["data"][names[0]], schema),
                 "arrays": {k: h5.whole(d) for top in others for k, d in _below(f, top)}, "episodes": each}
+        notes += h5.left_out(each)
+        own = load(head.get(NAME), notes)
         env = _json(head.get("env_args")) or _json(head.get("env_info"))
         clock = "states[0]" if "repository_version" in head and "states" in schema else None  # robosuite's own collector: [time, qpos, qvel]
         fps = _rate(env, f["data"][names[0]]["states"][:, 0] if clock else None)
     action, parts = ("actions", None) if "actions" in schema else (None, [p for p in PARTS if p in schema] or None)
     semantics = _semantics(env, schema["actions"][0]) if action else _old(schema, parts) if parts else Semantics()
     bare = clock and not any(k.startswith("obs/") for k in schema)
-    return Source(file, "robomimic", schema, lambda: _stream(file, names, list(schema)), len(names), fps=fps, action=action, action_from=parts,
-                  semantics=semantics, attrs={"task": str(head.get("env") or env.get("env_name") or file.stem)}, clock=clock, keep=keep,
-                  obs={"states": {"key": "states", "take": list(range(1, schema["states"][0][0]))}} if bare else None)
+    return Source(file, "robomimic", schema, lambda: _stream(file, names, list(schema)), len(names), fps=own.fps or fps, units=own.units, action=action,
+                  action_from=parts, semantics=own.semantics if own.said else semantics, clock=clock, keep=keep, notes=notes,
+                  attrs={"task": own.task or str(head.get("env") or env.get("env_name") or file.stem)},
+                  obs={"states": {"key": "states", "take": list(range(1, schema["states"][0][0]))}} if bare else own.obs)
 
 
 def write(store: Store, path: Path) -> list[str]:
-    """As it came; a store from elsewhere as robomimic has it: data/demo_0/{actions, obs/…}, num_samples, total."""
+    """As it came; a store from elsewhere as robomimic has it: data/demo_0/{actions, obs/…}, num_samples, total; and what only we say, see own.py."""
     origin = Origin.of(store, "robomimic", obs="obs/", action="actions")
     keep, how = origin.keep, origin.keep.get("filters", {})
     with h5.h5py().File(path, "w") as f:
@@ -68,7 +73,8 @@ def write(store: Store, path: Path) -> list[str]:
             taken.add(name)
             demo = data.create_group(name)
             for key, x in origin.episode(i).items():
-                demo.create_dataset(key, data=x, **how.get(key, {}))
+                last = said.get("final", {})
+                demo.create_dataset(key, data=np.concatenate([x, last[key][None]]) if key in last else x, **how.get(key, {}))
             attrs = said.get("attrs", {"num_samples": np.int64(0)})
             counted = {"num_samples": type(attrs["num_samples"])(np.diff(store.span(i))[0])} if "num_samples" in attrs else {}
             h5.write_rest(demo, {**said, "attrs": {**attrs, **counted}})
@@ -80,6 +86,7 @@ def write(store: Store, path: Path) -> list[str]:
             data.attrs["total"] = np.int64(store.steps)
         if not origin.came:
             data.attrs["env_args"] = json.dumps({"env_name": str(store.attrs.get("task") or ""), "type": 2, "env_kwargs": {"control_freq": store.fps}})
+            data.attrs[NAME] = dump(origin)
     return origin.notes
 
 
@@ -107,18 +114,20 @@ def _episodes(f: Any, names: list[str]) -> tuple[Schema, list[dict[str, Any]]]:
         count = next((found[k].shape[0] for k in COUNTS if k in found), None)
         if count is None:
             raise DataError(f"{f.filename}: data/{name} has neither {' nor '.join(COUNTS)}, so its steps cannot be counted. Is it an episode?")
-        rows = {k: (d.shape[1:], d.dtype) for k, d in found.items() if h5.numbers(d) and d.shape[:1] == (count,)}
+        rows, more = h5.steps(found, count, f"{f.filename}: data/{name}")
         schema = schema or rows
         if rows != schema:
             raise h5.differs(f.filename, rows, f"data/{name}", schema, f"data/{names[0]}")
-        each.append({"name": name, **h5.rest(demo, found, rows)})
+        each.append({"name": name, **({"final": {k: found[k][count] for k in more}} if more else {}), **h5.rest(demo, found, rows)})
     return schema, each
 
 
 def _stream(file: Path, names: list[str], keys: list[str]) -> Iterator[Episode]:
     with h5.opened(file) as f:
         for name in names:
-            yield {k: f["data"][name][k][()] for k in keys}
+            demo = f["data"][name]
+            n = min(len(demo[k]) for k in keys)  # observations may have a last one beside
+            yield {k: demo[k][:n] for k in keys}
 
 
 def _filters(demo: Any, schema: Schema) -> dict[str, Any]:
