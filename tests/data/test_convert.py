@@ -214,7 +214,8 @@ def test_a_store_knows_where_it_came_from(dataset, arrays, tmp_path):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.pkl", b"\x80\x04K\x01.", "is pickled.*unpickling a file runs whatever program it holds.*numpy.savez"),
-    ("a.txt", b"hello", "Looked for:\n  robomimic: "), ("a.hdf5", b"hello", "Looked for"), ("a.npz", b"hello", r"not a readable \.npz")])
+    ("a.txt", b"hello", "Looked for:\n  robomimic: "), ("a.hdf5", b"hello", r"a\.hdf5 ends in \.hdf5 but is no HDF5 file"),
+    ("a.npz", b"hello", r"not a readable \.npz")])
 def test_what_is_no_dataset_says_what_was_looked_for(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):

@@ -14,6 +14,7 @@ from policy.data.convert.mapping import Rules
 from policy.data.convert.plan import Plan
 from policy.data.convert.source import Source
 from policy.data.convert.store import detects as is_store
+from policy.data.convert.unknown import why
 from policy.data.files import DataError, Url, where
 from policy.data.store import Store
 
@@ -47,11 +48,15 @@ def detect(path: Path | str) -> str:
     if path.suffix in PICKLED:
         raise DataError(f"{path} is pickled, and unpickling a file runs whatever program it holds, so dipole does not. Load it where you trust it and save "
                         "its arrays with numpy.savez (observations, actions, episode_ends), then convert that")
+    if path.is_file() and not path.stat().st_size:
+        raise DataError(why(path))
     found = [name for name in FORMATS if module(name).detects(path)]
     if len(found) == 1:
         return found[0]
     if found:
         raise DataError(f"{path} can be read as {' and as '.join(found)}: say which with format=…")
+    if known := why(path):
+        raise DataError(known)
     looked = "".join(f"\n  {name}: {(module(name).__doc__ or '').partition(chr(10))[0]}" for name in FORMATS)
     raise DataError(f"{path} is no format that is known here. Looked for:{looked}")
 

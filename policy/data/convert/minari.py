@@ -31,8 +31,12 @@ def read(path: Path) -> Source:
     if folder is None:
         raise DataError(f"{path} is no Minari dataset: it has no data/{META}. Point src=… at the folder of one version, "
                         "such as ~/.minari/datasets/D4RL/door/human-v2")
-    text = (folder / META).read_text(encoding="utf-8")
-    meta = json.loads(text)
+    try:
+        meta = json.loads(text := (folder / META).read_text(encoding="utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError(f"it holds a {type(meta).__name__}, not {{name: value}}")
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{folder / META} is not JSON as Minari writes it ({e}). Copy it again from its source") from e
     if meta.get("data_format", "hdf5") != "hdf5" or not (folder / FILE).is_file():
         raise DataError(f"{folder} is in Minari's format {meta.get('data_format')!r}; hdf5 is read. "
                         "Copy it into one with minari.create_dataset_from_buffers(…, data_format='hdf5')")
@@ -83,7 +87,7 @@ def _folder(path: Path) -> Path | None:
 
 
 def _json_of(file: Path) -> dict[str, Any]:
-    return _json(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return _json(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else {}
 
 
 def _json(text: Any) -> dict[str, Any]:
