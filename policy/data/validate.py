@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from policy.data.checks import actions, copies, images, motion, rotation, stamps, units, values
+from policy.data.checks import actions, copies, images, motion, odd, rotation, stamps, units, values
 from policy.data.checks.finding import SEVERITIES, Finding, finding, ordered, some
 from policy.data.checks.look import Data, Reads
 from policy.data.files import DataError, Files, Url, where
@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None]
 CHECKS: dict[str, Check] = {"finite": values.not_finite, "lengths": stamps.lengths, "stamps": stamps.stamps, "constant": values.constant,
                             "stuck": values.stuck, "clipped": values.clipped, "outlier": values.outlier, "precision": values.precision,
                             "units": units.units, "rotations": rotation.quaternions, "wraps": rotation.wraps, "jumps": motion.jumps, "idle": motion.idle,
-                            "lag": actions.lag, "meaning": actions.meaning, "copies": copies.copies, "images": images.images}
+                            "lag": actions.lag, "meaning": actions.meaning, "odd": odd.odd, "copies": copies.copies, "images": images.images}
 
 
 @dataclass

@@ -88,6 +88,53 @@ def degrees_in_some(d: Arrays) -> list[tuple]:
     return [("joints", None, 20, 0, lengths(d)[20]), ("action", None, 20, 0, lengths(d)[20])]
 
 
+def scaled(key: str, factor: float, also: tuple[str, ...] = ()) -> Callable[[Arrays], list[tuple]]:
+    def plant(d: Arrays) -> list[tuple]:
+        for k in (key, *also):
+            d.arrays[k][d.span(7)][:, :3 if key == "pose" else 6] *= np.float32(factor)
+        return [(k, c, 7, 0, lengths(d)[7]) for k in (key, *also) for c in (0, 1)]
+    return plant
+
+
+def exchanged(d: Arrays) -> list[tuple]:
+    x = d.arrays["action"][d.span(9)]
+    x[:, [0, 1]] = x[:, [1, 0]].copy()
+    return [("action", c, 9, 0, len(x)) for c in (0, 1)]
+
+
+def flipped(d: Arrays) -> list[tuple]:
+    x = d.arrays["action"][d.span(9)]
+    x[:, 2] *= -1
+    return [("action", 2, 9, 0, len(x))]
+
+
+def width(d: Arrays) -> None:
+    """The opening of the gripper, which takes 8 steps to open or close."""
+    g = d.arrays["action"][:, 6]
+    each = [np.convolve(np.r_[np.full(7, g[d.start(e)]), g[d.span(e)]], np.ones(8) / 8, "valid") for e in range(len(d.episode_ends))]
+    d.arrays["width"] = (0.04 + 0.04 * np.concatenate(each)).astype(np.float32)
+
+
+def gripper_inverted(d: Arrays) -> list[tuple]:
+    width(d)
+    d.arrays["action"][d.span(9)][:, 6] *= -1
+    return [("action", 6, 9, 0, lengths(d)[9])]
+
+
+def noise(key: str, channel: int, size: float) -> Callable[[Arrays], list[tuple]]:
+    def plant(d: Arrays) -> list[tuple]:
+        x = d.arrays[key][d.span(9)]
+        x[:, channel] += (size * np.random.default_rng(0).normal(size=len(x))).astype(np.float32)
+        return [(key, channel, 9, 0, len(x))]
+    return plant
+
+
+def quaternion_order(d: Arrays) -> list[tuple]:
+    x = d.arrays["pose"][d.span(9)]
+    x[:, 3:7] = np.roll(x[:, 3:7], 1, axis=1)
+    return [("pose", 3, 9, 0, len(x))]
+
+
 def half(d: Arrays) -> list[tuple]:
     d.arrays["heading"] = (d.arrays["heading"] + 100).astype(np.float16)
     return [("heading", 0, None, 0, 0)]

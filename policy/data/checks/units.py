@@ -9,6 +9,7 @@ from policy.data.checks.look import Data
 from policy.page import counted
 
 FACTORS = {180 / np.pi: "degrees among radians", np.pi / 180: "radians among degrees", 1000.0: "milli-units among units", 1e-3: "units among milli-units"}
+EPISODES = {**FACTORS, 100.0: "centimetres among metres", 0.01: "metres among centimetres"}
 NEAR = 1.25        # how far from such a factor
 RADIANS = 4 * np.pi  # a joint that turns further is rare
 METRES = 50.0
@@ -55,9 +56,10 @@ def between_episodes(data: Data, key: str) -> list[Finding]:
     if key == data.action and all(kinds_of_episodes(data).values()):
         return []  # targets among changes: action_mixed
     out = []
-    for factor, name in FACTORS.items():
+    named = np.array(list(EPISODES))[np.abs(middle[:, None] - np.log(list(EPISODES))).argmin(axis=1)]
+    for factor, name in EPISODES.items():
         alike = np.median(np.abs(ratio - np.log(factor)), axis=1) < np.log(2)
-        at = np.flatnonzero((np.abs(middle - np.log(factor)) < np.log(2)) & alike)
+        at = np.flatnonzero((named == factor) & (np.abs(middle - np.log(factor)) < np.log(2)) & alike)
         if len(at) and len(at) < 0.5 * len(data.ends):
             episodes = ",".join(map(str, at))
             out.append(finding("error", "units_mixed", f"{counted(len(at), 'episode')} about {factor:.3g} times as large as the others, in every channel: "
