@@ -1,6 +1,5 @@
 """How fast windows come: from memory, one by one as a plain DataLoader has them, and from more images than fit into memory, alone and in `dipole train`."""
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from scripts.bench_codecs import codecs, show_codecs
 from scripts.bench_images import generate, synthetic
 
 T_OBS, HORIZON = 2, 16
+LOG, START = 10, 2  # steps of a row of the training's log; rows of the beginning that are not counted
 
 
 class PerSample(Dataset):
@@ -137,29 +137,34 @@ def trained(path: Path, about: DictConfig, folder: Path) -> dict[str, Any]:
     for turn in range(about.rounds):
         for name, words in sides.items():
             run = folder / f"{name.replace(' ', '_')}-{turn}"
-            runs[name].append(one_training([*same, *words, f"run={run}"], run))
+            runs[name].append(one_training([*same, *words, f"run={run}"], about.batch, run))
     found: dict[str, dict[str, Any]] = {
-        name: {"samples_per_s": statistics.median(r["samples_per_s"] for r in rows), "data_wait": statistics.median(r["data_wait"] for r in rows),
+        name: {**{k: statistics.median(r[k] for r in rows) for k in ("samples_per_s", "samples_per_cpu_s", "data_wait", "first_s")},
                "peak_rss": max(r["peak_rss"] for r in rows), "each": rows} for name, rows in runs.items()}
-    return {**found, "ratio": found["streamed"]["samples_per_s"] / found["in memory"]["samples_per_s"], "batch": about.batch, "steps": about.steps,
-            "train": list(about.train)}
+    pairs = list(zip(runs["streamed"], runs["in memory"], strict=True))  # neighbours in time, which other work on the machine hits alike
+    return {**found, **{name: statistics.median(a[k] / b[k] for a, b in pairs) for name, k in (("ratio", "samples_per_s"), ("cpu_ratio", "samples_per_cpu_s"))},
+            "batch": about.batch, "steps": about.steps, "train": list(about.train)}
 
 
-def one_training(words: list[str], run: Path) -> dict[str, float]:
+def one_training(words: list[str], batch: int, run: Path) -> dict[str, float]:
+    """What one process did after its first START + 1 rows of LOG steps; first_s: seconds that those took."""
     shutil.rmtree(run, ignore_errors=True)
     log = run.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
         process = subprocess.Popen([sys.executable, "-m", "scripts.cli", "train", "recipe=own", "encoder=image", "log.wandb=disabled", "train.save=0",
-                                    "train.log=10", *words], stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "MALLOC_ARENA_MAX": "2"})
+                                    f"train.log={LOG}", *words], stdout=out, stderr=subprocess.STDOUT)
         peak = 0
         while process.poll() is None:
             peak = max(peak, high_water(process.pid))
             time.sleep(0.05)
     if process.returncode:
         raise RuntimeError(f"the training broke off: {log.read_text().strip().splitlines()[-1:]}; see {log}")
-    rows = [r for r in map(json.loads, (run / "train.jsonl").read_text().splitlines()) if "samples_per_s" in r][1:]  # without the start
-    return {"samples_per_s": statistics.median(r["samples_per_s"] for r in rows), "data_wait": statistics.mean(r["data_wait"] for r in rows), "peak_rss": peak}
+    rows = [r for r in map(json.loads, (run / "train.jsonl").read_text().splitlines()) if "samples_per_s" in r]
+    begin, end = rows[START], rows[-1]  # the pool fills before
+    samples = (end["step"] - begin["step"]) * batch
+    return {"samples_per_s": samples / (end["wall_s"] - begin["wall_s"]), "samples_per_cpu_s": samples / (end["cpu_s"] - begin["cpu_s"]),
+            "data_wait": statistics.mean(r["data_wait"] for r in rows[START + 1:]), "first_s": begin["wall_s"], "peak_rss": peak}
 
 
 def high_water(pid: int) -> int:
@@ -203,9 +208,13 @@ def show(rows: dict[str, Any]) -> None:
             table.add_row(f"{part}: {name}", f"{rate:,.0f}", f"{rate / first:.3g}", "")
     for name in ("in memory", "streamed") if "train" in rows else ():
         r = rows["train"][name]
-        table.add_row(f"dipole train: {name}", f"{r['samples_per_s']:,.0f}", f"{r['samples_per_s'] / rows['train']['in memory']['samples_per_s']:.3g}",
+        table.add_row(f"dipole train: {name}", f"{r['samples_per_s']:,.0f}", f"{rows['train']['ratio']:.3g}" if name == "streamed" else "1",
                       f"{r['peak_rss'] / 1e9:.2f} GB")
     console.print(table)
+    if t := rows.get("train"):
+        console.print(f"samples per second of CPU: {t['cpu_ratio']:.0%} of those in memory; waiting for data {t['streamed']['data_wait']:.1%} of the time; "
+                      f"the first {(START + 1) * LOG} steps, which fill the pool, {t['streamed']['first_s']:.1f} s beside {t['in memory']['first_s']:.1f} s",
+                      highlight=False, soft_wrap=True)
     if a := rows.get("access"):
         console.print(f"{a['live']} of {a['blocks']} blocks of {a['block']} frames live: {a['distinct_blocks_a_batch']:.1f} distinct ones in a batch of "
                       f"{a['batch']}, {a['perfect_shuffle']:.1f} in a perfect shuffle", highlight=False, soft_wrap=True)

@@ -74,7 +74,7 @@ def test_the_largest_resident_size_is_the_processs():
 
 @pytest.mark.slow
 def test_bench_data_measures_a_real_training(shell):  # noqa: F811
-    done = shell("bench", "data", "data.images=3e7", "data.memory=1.2e7", "data.resident=1.5e7", "data.seconds=1", "data.steps=25", "data.rounds=1",
+    done = shell("bench", "data", "data.images=3e7", "data.memory=1.2e7", "data.resident=1.5e7", "data.seconds=1", "data.steps=60", "data.rounds=1",
                  "data.batch=16", "data.do=[lowdim,access,train]", "run=elsewhere")
     assert done.code == 0, done.err
     rows = json.loads((shell.folder / "elsewhere/bench/data.json").read_text())["rows"]

@@ -19,11 +19,11 @@ from policy.data.files import DataError
 ENDS = "meta/episode_ends"
 CHUNK_BYTES, CHUNK_STEPS, CHUNKS_PER_SHARD = 2**18, 1024, 16  # a random window decodes one chunk; an append rewrites at most one shard
 ENDS_CHUNK = 8192
-# zstd has checksums, Blosc's codecs have none: a flipped bit in a demonstration must not become a motion. Images in level 1, eight of 96 x 96 x 3 a chunk, one
-# thread (`dipole bench data`, LOG.md): Push-T's 83 times smaller, decoded at 2.0 GB/s (level 3: 95 times), noisy ones 2.1 times smaller, written at 120 and
-# decoded at 420 MB/s (level 3: 2.5 times, 70 and 320 MB/s). Shuffling bytes changes nothing for uint8, shuffling bits halves what Push-T gains.
-NUMBERS, IMAGES = ZstdCodec(level=3, checksum=True), ZstdCodec(level=1, checksum=True)
-IMAGE_BYTES = 4096  # of a frame of uint8
+# zstd 3 with checksums, which Blosc's codecs have none of: a flipped bit in a demonstration must not become a motion. Images, eight of 96 x 96 x 3 a chunk, by
+# seconds of one core (`dipole bench data`): Push-T's 95 times smaller, decoded at 4.8 GB/s (zstd 1: 83 times, 4.5 GB/s; Blosc's zstd 5: 116 times, 7.6 GB/s);
+# noisy ones 2.5 times smaller, written at 160, decoded at 680 MB/s (zstd 1: 2.1 times, 240 and 830 MB/s; Blosc's zstd 5: 2.7 times, 37 and 860 MB/s; its lz4:
+# 1.2 times, 3.2 GB/s). Shuffling the bytes of uint8 changes nothing, shuffling bits makes Push-T's three times larger.
+CODEC = ZstdCodec(level=3, checksum=True)
 
 
 def make(path: Path, schema: Mapping[str, tuple[Sequence[int], DTypeLike]], attributes: Mapping[str, Any], video: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ def _create_array(root: zarr.Group, name: str, shape: tuple[int, ...], dtype: np
     frame = max(1, math.prod(shape) * dtype.itemsize)
     steps = 2 ** min(int(math.log2(CHUNK_STEPS)), max(0, int(math.log2(max(1, CHUNK_BYTES // frame)))))
     root.create_array(name, shape=(0, *shape), chunks=(steps, *shape), shards=(steps * CHUNKS_PER_SHARD, *shape), dtype=dtype,
-                      compressors=IMAGES if dtype == np.uint8 and frame >= IMAGE_BYTES else NUMBERS, fill_value=0)
+                      compressors=CODEC, fill_value=0)
 
 
 def _umask() -> int:
