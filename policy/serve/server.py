@@ -18,6 +18,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 
 from policy.serve import openpi
 from policy.serve.card import Backend
@@ -55,7 +56,7 @@ class PlannerServer:
         self.metrics = Metrics(backend.card.model_id)
         self.hello = pack(Hello(backend.card, self.limits.bytes))
         unpack(self.hello)  # a card that clients would refuse is refused here
-        self.alive: set[ServerConnection] = set()  # handshakes included
+        self.alive: dict[_Bounded, None] = {}  # oldest first, handshakes included
         self.talking = 0
 
     @property
@@ -187,20 +188,22 @@ class PlannerServer:
 
 
 class _Bounded(ServerConnection):
-    """Lets go at once of connections beyond `most`.   alive: all of them, those whose handshake is not over included."""
+    """Beyond `most` connections the oldest whose handshake is not over is let go, so that strangers who never finish theirs keep nobody out;
+    the new one where there is none.   alive: all of them, oldest first.
+    """
 
-    def __init__(self, *args: Any, alive: set[ServerConnection], most: int, **options: Any):
+    def __init__(self, *args: Any, alive: "dict[_Bounded, None]", most: int, **options: Any):
         super().__init__(*args, **options)
         self.alive, self.most = alive, most
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         if len(self.alive) >= self.most:
-            self.transport.abort()
-        self.alive.add(self)
+            next((c for c in self.alive if c.protocol.state is State.CONNECTING), self).transport.abort()
+        self.alive[self] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.alive.discard(self)
+        self.alive.pop(self, None)
         super().connection_lost(exc)
 
 

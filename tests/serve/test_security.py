@@ -8,7 +8,9 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -159,15 +161,41 @@ def test_slow_loris_is_let_go_and_keeps_nobody_out():
         alive(far)
 
 
-def test_connections_beyond_twice_the_places_are_let_go_at_once():
+def test_beyond_twice_the_places_the_oldest_unfinished_handshake_is_let_go():
     with toy_server(service={"connections": 2, "open": 30.0}) as far:
         held = [raw(far.url) for _ in range(4)]  # they say nothing
         time.sleep(0.1)
         extra = raw(far.url)
-        assert closed_after(extra) < 10
-        for sock in held:
+        assert closed_after(held[0]) < 10
+        alive(far)  # and who does finish gets in
+        for sock in (*held, extra):
             sock.close()
-        alive(far)
+
+
+def test_strangers_who_come_back_whenever_they_are_let_go_keep_nobody_out():
+    with toy_server(service={"connections": 4, "open": 1.0}) as far, ThreadPoolExecutor(24) as pool:
+        over, began = threading.Event(), threading.Barrier(25)
+
+        def loris() -> None:
+            began.wait()
+            while not over.is_set():
+                with contextlib.suppress(OSError), contextlib.closing(raw(far.url)) as sock:
+                    sock.settimeout(0.2)
+                    sock.send(b"GET /plan HTTP/1.1\r\nHost")
+                    while not over.is_set() and sock.recv(10):
+                        pass
+        strangers = [pool.submit(loris) for _ in range(24)]
+        began.wait()
+        try:
+            time.sleep(0.3)
+            for _ in range(5):
+                start = time.monotonic()
+                with PlannerClient(far.url) as client:
+                    client.wait_ready(10)
+                assert time.monotonic() - start < 5
+        finally:
+            over.set()
+        assert all(s.exception() is None for s in strangers)
 
 
 def test_an_oversize_message_closes_with_1009_before_it_is_read(server):
