@@ -38,10 +38,11 @@ WHY = "The network is told two things about the same motion."
 class Usual:
     """Of each episode and channel (E, c), nan where it is too short.   spread: 10 to 90 % of the values.   size: the greater of both, absolute.
 
-    rough: 75 % quantile of |second differences|."""
+    rough: 75 % quantile of |second differences|.   white: of the fourth over it: 3.4 of white noise, far below 1 of a quick and smooth motion."""
     spread: Array
     size: Array
     rough: Array
+    white: Array
 
 
 def summary(data: Data, key: str) -> Usual:
@@ -49,7 +50,7 @@ def summary(data: Data, key: str) -> Usual:
 
 
 def summarised(data: Data, key: str) -> Usual:
-    out, longest = np.full((3, len(data.ends), data.width(key)), np.nan), np.full(len(data.ends), SHORT - 1)
+    out, longest = np.full((4, len(data.ends), data.width(key)), np.nan), np.full(len(data.ends), SHORT - 1)
     for block in data.blocks(key):
         cuts = sorted({0, *np.flatnonzero(block.first).tolist(), len(block.values)})
         for lo, hi in pairwise(cuts):
@@ -59,7 +60,8 @@ def summarised(data: Data, key: str) -> Usual:
                 continue
             longest[e] = hi - lo  # of an episode that is cut its longest piece speaks
             low, high = np.quantile(x, [0.1, 0.9], axis=0)
-            out[:, e] = high - low, np.maximum(np.abs(low), np.abs(high)), np.quantile(np.abs(np.diff(x, 2, axis=0)), 0.75, axis=0)
+            rough, fourth = (np.quantile(np.abs(np.diff(x, n, axis=0)), 0.75, axis=0) for n in (2, 4))
+            out[:, e] = high - low, np.maximum(np.abs(low), np.abs(high)), rough, fourth / np.maximum(rough, 1e-300)
     return Usual(*out)
 
 
@@ -132,7 +134,7 @@ def noisy(data: Data, key: str, use: NDArray[np.intp]) -> Iterator[Finding]:
         return
     with np.errstate(invalid="ignore"):
         others = np.nanmedian(rough, axis=1) if len(use) > 2 else np.zeros(len(rough))
-        loud = (of.rough[:, use] > LOUD * scales.range[use]) & (np.nanmedian(of.rough[:, use], axis=0) > 0)
+        loud = (of.white[:, use] > 1.5) & (of.rough[:, use] > LOUD * scales.range[use]) & (np.nanmedian(of.rough[:, use], axis=0) > 0)
         more = rough - np.maximum(others, 0)[:, None]
         quiet = np.fmax.reduce(np.where(rough < np.log(NOISE), rough, -np.inf), axis=0)  # the roughest of the usual ones
         out = away(rough, np.log(NOISE), FAR / 2) & (rough > quiet + np.log(2)) & (more > np.log(NOISE)) & loud
