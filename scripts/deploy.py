@@ -69,6 +69,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     result = {"robot": cfg.robot.spec.name, "rows": table, "ended": ended.name, "trouble": trouble}
     page = deploy_page.write_evaluation(folder, result)
     console.print(deploy_page.table(result))
+    for r in table:
+        if stopped := [e["stop"] for e in r["per_episode"] if "stop" in e]:
+            console.print(f"[yellow]{1e3 * r['delay']:.0f} ms: {counted(len(stopped), 'episode')} ended in STOP and count as failures[/], the first: "
+                          f"{escape(stopped[0])}", highlight=False, soft_wrap=True)
     line = ", ".join(f"{1e3 * r['delay']:.0f} ms{'' if r['aligned'] else ' not aligned'}: {r['success']:.0%}" for r in table)
     console.print(f"[bold]success through three processes, planning delay {line or '–'}[/]\nreport: {page}", highlight=False, soft_wrap=True)
     over(ended, trouble, page)

@@ -61,7 +61,7 @@ def _address(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str
         time.sleep(0.05)
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
     raise OSError(f"the planner server did not start{f' within {seconds:.0f} s' if process.poll() is None else ''}: "
-                  f"{' '.join(last) or 'it said nothing'} (all of it: {log})")
+                  f"{' '.join(last).removeprefix('error: ') or 'it said nothing'} (all of it: {log})")
 
 
 def _with_parent() -> None:
