@@ -153,7 +153,7 @@ def motion(data: Data, key: str) -> str:
         drawn.append(f'<div class="card"><h3>{escape(data.short(key, c))}<small>{span}</small></h3>'
                      f"{over_time([(t, x[:, c]) for t, x in lines])}{small_bars(bars[0].tolist())}</div>")
     more = f"<p><small>and {width - CHANNELS} more channels</small></p>" if width > CHANNELS else ""
-    planes = "".join(plane(key, [x.reshape(len(x), -1, 2) for _, x in lines]) for _ in range(data.schema[key][0][-1:] == (2,)))
+    planes = "".join(plane(key, [x.reshape(len(x), -1, 2) for _, x in lines], data.down(key)) for _ in range(data.schema[key][0][-1:] == (2,)))
     shape = " × ".join(map(str, data.schema[key][0])) or "1"
     return (f'<h2>{escape(key)}</h2><p><small>{shape} {data.schema[key][1]}{escape(f", {unit}" if unit else "")}; {len(lines)} episodes over their steps, '
             f'the first of them strong, and the histogram of the values below</small></p>' + (f'<section class="planes">{planes}</section>' if planes else "") +
@@ -190,8 +190,8 @@ def small_bars(counts: Sequence[float], w: int = 200, h: int = 30) -> str:
     return f'<svg viewBox="0 0 {w} {h + 1}"><title>how often each value is taken (heights: square root)</title>{drawn}</svg>'
 
 
-def plane(key: str, lines: Sequence[NDArray[np.float64]], size: int = 300) -> str:
-    """x over y of a key of points, in equal scales."""
+def plane(key: str, lines: Sequence[NDArray[np.float64]], down: bool, size: int = 300) -> str:
+    """y over x of a key of points, in equal scales; y downwards where it counts so."""
     every = np.concatenate([x.reshape(-1, 2) for x in lines])
     every = every[np.isfinite(every).all(axis=1)]
     if not len(every):
@@ -202,7 +202,7 @@ def plane(key: str, lines: Sequence[NDArray[np.float64]], size: int = 300) -> st
     for i, x in reversed(list(enumerate(lines))):
         for point in range(x.shape[1]):
             y = 4 + (x[:, point] - lo) * scale
-            drawn += f'<polyline class="{"strong" if i == 0 else "pale"}" points="{path((a, size - b) for a, b in y if np.isfinite(a + b))}"/>'
+            drawn += f'<polyline class="{"strong" if i == 0 else "pale"}" points="{path((a, b if down else size - b) for a, b in y if np.isfinite(a + b))}"/>'
     return f'<div class="card"><h3>{escape(key)}<small>second over first component</small></h3><svg viewBox="0 0 {size} {size}">{drawn}</svg></div>'
 
 

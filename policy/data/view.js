@@ -6,6 +6,7 @@ const hue = (i, n) => n < 2 ? css('--one') : `hsl(${(215 + 360 * i / n) % 360} 7
 const short = x => Number.isFinite(x) ? (Math.abs(x) >= 1e4 || (x && Math.abs(x) < 1e-3) ? x.toExponential(2) : String(+x.toPrecision(4))) : 'nan'
 const shade = { error: '--bad', warning: '--two', note: '--one' }
 const $ = id => document.getElementById(id)
+const LEFT = 66  // of a plot, for -1.23e-10 at 11 px
 let at = 0, timer = null
 const redraw = []
 
@@ -28,23 +29,24 @@ function lines(key) {
   const x = floats(key.values), c = key.labels.length, m = x.length / c, on = new Array(c).fill(true)
   const row = step => Math.min(m - 1, Math.round(step / key.every))
   const box = card(key.name, [key.unit, key.every > 1 ? `every ${key.every}th step` : ''].filter(Boolean).join(', '), 'plots')
-  const bounds = () => { let lo = Infinity, hi = -Infinity
-    for (let i = 0; i < x.length; i++) if (on[i % c] && Number.isFinite(x[i])) { if (x[i] < lo) lo = x[i]; if (x[i] > hi) hi = x[i] }
+  const bounds = group => { let lo = Infinity, hi = -Infinity
+    for (let i = 0; i < x.length; i++) if (on[i % c] && group.includes(i % c) && Number.isFinite(x[i])) { if (x[i] < lo) lo = x[i]; if (x[i] > hi) hi = x[i] }
     if (!(hi > lo)) { lo = Number.isFinite(lo) ? lo - .5 : 0; hi = lo + 1 } return [lo, hi] }
   const marks = D.findings.filter(f => !f.key || f.key === key.name)
-  const c1 = canvas(box, 150, (g, w, h) => {
-    const [lo, hi] = bounds(), X = t => 46 + (w - 54) * t / Math.max(1, D.steps - 1), Y = v => h - 16 - (h - 24) * (v - lo) / (hi - lo)
+  for (const group of key.groups) {
+  const c1 = canvas(box, key.groups.length > 1 ? 110 : 150, (g, w, h) => {
+    const [lo, hi] = bounds(group), X = t => LEFT + (w - LEFT - 8) * t / Math.max(1, D.steps - 1), Y = v => h - 16 - (h - 24) * (v - lo) / (hi - lo)
     for (const f of marks) { g.globalAlpha = .2; g.fillStyle = css(shade[f.severity]); g.fillRect(X(f.lo - .5), 4, Math.max(3, X(f.hi - .5) - X(f.lo - .5)), h - 20); g.globalAlpha = 1 }
     g.fillStyle = css('--soft'); g.strokeStyle = css('--line'); g.font = '11px system-ui'; g.textAlign = 'right'
-    for (const v of [lo, (lo + hi) / 2, hi]) { g.beginPath(); g.moveTo(46, Y(v)); g.lineTo(w - 8, Y(v)); g.stroke(); g.fillText(short(v), 42, Y(v) + 4) }
-    for (let k = 0; k < c; k++) { if (!on[k]) continue
+    for (const v of [lo, (lo + hi) / 2, hi]) { g.beginPath(); g.moveTo(LEFT, Y(v)); g.lineTo(w - 8, Y(v)); g.stroke(); g.fillText(short(v), LEFT - 4, Y(v) + 4) }
+    for (const k of group) { if (!on[k]) continue
       g.strokeStyle = hue(k, c); g.lineWidth = 1.3; g.beginPath(); let pen = false
       for (let i = 0; i < m; i++) { const v = x[i * c + k]; if (!Number.isFinite(v)) { pen = false; continue }
         pen ? g.lineTo(X(i * key.every), Y(v)) : g.moveTo(X(i * key.every), Y(v)); pen = true }
       g.stroke() }
     g.strokeStyle = css('--ink'); g.lineWidth = 1; g.beginPath(); g.moveTo(X(at), 2); g.lineTo(X(at), h - 14); g.stroke() })
   c1.style.cursor = 'crosshair'
-  c1.onpointerdown = c1.onpointermove = e => { if (e.buttons) go((e.offsetX - 46) / (c1.clientWidth - 54) * (D.steps - 1)) }
+  c1.onpointerdown = c1.onpointermove = e => { if (e.buttons) go((e.offsetX - LEFT) / (c1.clientWidth - LEFT - 8) * (D.steps - 1)) } }
   const legend = document.createElement('div'); legend.className = 'legend'; box.append(legend)
   const values = key.labels.map((label, k) => { const s = document.createElement('button'); s.type = 'button'; s.title = 'show or hide'
     s.innerHTML = '<i></i><span></span> <b></b>'; s.children[1].textContent = label

@@ -18,6 +18,7 @@ from policy.page import counted, write
 NUMBERS = 2_000_000  # of all keys that a page carries; longer episodes are thinned
 IMAGE_BYTES, IMAGES, WIDTH = 12_000_000, 400, 320  # of all pictures together; frames of one camera; px
 CHANNELS = 40        # of one key
+APART, PLOTS = 30, 4  # a plot spans at most as many times the narrowest of its channels; plots of one key
 POSITION = re.compile(r"pos|xyz|hand|eef|tip|palm|object|cube|goal|target|pose|keypoint|handle|agent")
 STYLE = """<style>
 #bar{position:sticky;top:0;z-index:1;background:var(--bg);padding:10px 0;display:grid;grid-template-columns:auto auto 1fr auto;gap:12px;align-items:center}
@@ -59,7 +60,7 @@ def data(look: Data, episode: int, findings: Sequence[Finding]) -> dict[str, Any
     every = max(1, -(-(hi - lo) * sum(min(CHANNELS, look.width(k)) for k in plain) // NUMBERS))
     values = {key: look.store.read(key, lo, hi).reshape(hi - lo, -1)[::every].astype(np.float32) for key in plain}
     keys = [{"name": key, "unit": look.units.get(key, ""), "every": every, "labels": [look.short(key, c) for c in range(x.shape[1])][:CHANNELS],
-             "values": packed(x[:, :CHANNELS])} for key, x in values.items()]
+             "groups": of_one_scale(x[:, :CHANNELS]), "values": packed(x[:, :CHANNELS])} for key, x in values.items()]
     notes = [f"{key}: the first {CHANNELS} of {x.shape[1]} channels" for key, x in values.items() if x.shape[1] > CHANNELS]
     notes += [f"every {every}th step of the curves"] if every > 1 else []
     cameras = look.keys("image")
@@ -71,6 +72,23 @@ def data(look: Data, episode: int, findings: Sequence[Finding]) -> dict[str, Any
 
 def packed(x: NDArray[np.float32]) -> str:
     return base64.b64encode(np.ascontiguousarray(x, "<f4").tobytes()).decode()
+
+
+def of_one_scale(x: NDArray[np.float32]) -> list[list[int]]:
+    """Channels of x (n, c) that can be seen in one plot: pixels and radians share none, for the angle would be a flat line."""
+    finite = np.where(np.isfinite(x), x, np.nan).astype(np.float64)
+    lo, hi = (np.nan_to_num(f.reduce(finite, axis=0)) for f in (np.fmin, np.fmax))
+    span, groups = hi - lo, list[list[int]]()
+    for c in np.argsort(-span, kind="stable").tolist():
+        for group in groups:
+            both = [*group, c]
+            fits = hi[both].max() - lo[both].min() <= APART * min((s for s in span[both] if s > 0), default=np.inf)
+            if fits or (len(groups) == PLOTS and group is groups[-1]):
+                group.append(c)
+                break
+        else:
+            groups.append([c])
+    return sorted(map(sorted, groups))
 
 
 def planes(look: Data, values: Mapping[str, NDArray[np.float32]], every: int) -> list[dict[str, Any]]:
@@ -99,8 +117,7 @@ def planes(look: Data, values: Mapping[str, NDArray[np.float32]], every: int) ->
                 group["keys"].append(part)
                 break
         else:
-            down = look.units.get(key) in ("px", "pixel", "pixels") or look.semantics.space == "image"
-            groups.append({"dimensions": d, "down": down, "keys": [part]})
+            groups.append({"dimensions": d, "down": d == 2 and look.down(key), "keys": [part]})
             areas.append(area)
     return groups
 

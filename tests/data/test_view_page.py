@@ -11,7 +11,8 @@ from recordings import Arrays, clean
 
 from policy.data.checks.look import Data
 from policy.data.validate import check
-from policy.data.view import as_picture, data, view
+from policy.data.validate_page import plane
+from policy.data.view import as_picture, data, of_one_scale, view
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,28 @@ def test_points_that_share_an_area_are_drawn_together():
     content = data(Data(recording), 0, ())
     assert [(g["dimensions"], g["down"], [k["name"] for k in g["keys"]]) for g in content["paths"]] == [
         (2, True, ["action", "points"]), (2, False, ["far"]), (3, False, ["hand"])]
+
+
+def test_y_points_down_where_there_are_pictures():
+    """Push-T says no unit: its path must not be the mirror image of its picture."""
+    x, metres = np.random.default_rng(0).uniform(0, 500, (2, 20, 2)).astype(np.float32)
+    recording = Arrays({"agent": x, "far": metres + 1e6}, np.array([20]), {"units": {"far": "m"}})
+    assert [g["down"] for g in data(Data(recording), 0, ())["paths"]] == [False, False]
+    recording.arrays["img"] = np.zeros((20, 16, 16, 3), np.uint8)
+    look = Data(recording)
+    assert [g["down"] for g in data(look, 0, ())["paths"]] == [True, False]
+    line = [np.array([[[0.0, 0.0]], [[1.0, 1.0]]])]
+    assert [re.search('points="([^"]*)"', plane("agent", line, look.down(key)))[1] for key in ("agent", "far")] == ["4,4.0 296,296.0", "4,296.0 296,4.0"]
+
+
+def test_an_angle_beside_pixels_has_a_plot_of_its_own():
+    t = np.linspace(0, 6, 200)
+    state = np.stack([250 + 200 * np.sin(t), 300 + 90 * np.cos(t), 220 + 60 * t, np.full(200, 260.0), t, np.full(200, 1e9)], axis=1).astype(np.float32)
+    key, = data(Data(Arrays({"state": state}, np.array([200]), {})), 0, ())["keys"]
+    assert key["groups"] == [[0, 1, 2, 3], [4], [5]]
+    assert of_one_scale(np.full((5, 2), np.nan, np.float32)) == [[0, 1]] and of_one_scale(np.zeros((5, 0), np.float32)) == []
+    many = of_one_scale((t[:, None] * 100.0 ** np.arange(9)).astype(np.float32))
+    assert len(many) == 4 and sorted(c for group in many for c in group) == list(range(9))
 
 
 @pytest.mark.parametrize("x", [

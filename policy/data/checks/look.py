@@ -137,6 +137,11 @@ class Data:
         """The label without the key, where that is said already."""
         return self.label(key, channel).removeprefix(f"{key}[").removesuffix("]")
 
+    def down(self, key: str) -> bool:
+        """Whether the second component of points in the plane counts downwards, as in a picture: in pixels, or in no unit, where there are pictures."""
+        unit = self.units.get(key) or ""
+        return unit in ("px", "pixel", "pixels") or self.semantics.space == "image" or (not unit and "image" in self.roles.values())
+
     def place(self, lo: int, hi: int | None = None, channel: int | None = None, text: str = "") -> Place:
         """Frames [lo, hi) of the dataset, all of one episode, as steps of it."""
         e = int(np.searchsorted(self.ends, lo, side="right"))
