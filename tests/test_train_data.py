@@ -52,14 +52,14 @@ def weights(shell, run):
 def test_streamed_and_resumed(shell):
     """Images in a memory of a few blocks: two runs are equal bit for bit, and one that goes on with `auto` finds the memory, and so the order, of before."""
     image = ["encoder=image", "encoder.widths=[8]", "encoder.keypoints=8", "encoder.features=8", "data.memory=3e6"]
-    one = shell("train", *SMALL, *image, "data.path=a.zarr", "train.steps=12", "run=whole")
+    one = shell("train", *SMALL, *image, "data.path=a.zarr", "train.steps=4", "run=whole")
     assert one.code == 0, one.err
     assert "data: streamed: image of a, " in one.out and " frames at a time" in one.out
     assert data_of(shell, "whole")["memory"] == 3_000_000 and facts(shell, "whole")["order"]["live"] > 1
-    half = shell("train", *SMALL, *image, "data.path=a.zarr", "train.steps=12", "run=half")
+    half = shell("train", *SMALL, *image, "data.path=a.zarr", "train.steps=4", "run=half")
     assert half.code == 0, half.err
     assert all((a == b).all() for a, b in zip(weights(shell, "half").values(), weights(shell, "whole").values(), strict=True))
-    again = shell("train", "run=half", "resume=true", "data.path=a.zarr", "data.memory=auto", "train.steps=13")  # another step, the same order
+    again = shell("train", "run=half", "resume=true", "data.path=a.zarr", "data.memory=auto", "train.steps=5")  # another step, the same order
     assert again.code == 0 and "order of the data" not in again.out, again.err + again.out
     assert data_of(shell, "half")["memory"] == 3_000_000
     small = shell("train", *SMALL, "data.path=a.zarr", "data.memory=1e5", "run=no")
@@ -84,8 +84,6 @@ def test_mixtures(shell):
     resumed = shell("train", "run=per", "resume=true", "train.steps=5")
     assert resumed.code == 0 and "order of the data" not in resumed.out, resumed.err
     refused(shell("export", "run=per", "format=torch"), "statistics of several datasets", "checkpoint=policy@a or checkpoint=policy@big")
-    exported = shell("export", "run=per", "format=torch", "checkpoint=policy@big", "out=big")
-    assert exported.code == 0, exported.err
     refused(shell("train", *SMALL, "data.path=[a.zarr,b.zarr]", "data.weights=[1]"), "one number for each of the 2 datasets")
     refused(shell("train", *SMALL, "data.path=[a.zarr,c.zarr]"), "there is no dataset c.zarr")
     refused(shell("train", *SMALL, "data.path=[a.zarr,b.zarr]", "data.normalize_per=robot"), "must be all (one normaliser) or dataset")
