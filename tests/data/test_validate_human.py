@@ -54,6 +54,17 @@ def again(data: Arrays) -> None:
     data.episode_ends = np.append(data.episode_ends, data.episode_ends[-1] + lengths(data)[10])
 
 
+def of_one(key: str, change) -> "callable":
+    """change(its frames (n, c), how far the key goes (c,)) of episode 103."""
+    def plant(data: Arrays) -> None:
+        x = data.arrays[key]
+        x[data.span(103)] = change(x[data.span(103)], np.ptp(x, axis=0))
+    return plant
+
+
+ACROSS, SIGN, FIRST = [1, 0], np.float32([-1, 1]), np.float32([1, 0, 0, 0, 0])
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("code, plant, episode, step", [
     ("not_finite", put("state", (5000, 1), lambda x: np.nan), 39, 22),
@@ -64,13 +75,19 @@ def again(data: Arrays) -> None:
     ("action_lag", shift, None, None),
     ("duplicate", again, 206, 0),
     ("outlier", put("state", (5000, 0), lambda x: x + 1e5), 39, 22),
+    ("units_mixed", of_one("action", lambda x, far: 10 * x), 103, None),
+    ("units_mixed", of_one("action", lambda x, far: x / 10), 103, None),
+    ("units_mixed", of_one("state", lambda x, far: 100 * x), 103, None),
+    ("action_exchanged", of_one("action", lambda x, far: x[:, ACROSS]), 103, None),
+    ("action_flipped", of_one("action", lambda x, far: SIGN * x), 103, None),
+    ("noise", of_one("state", lambda x, far: x + 0.03 * far * FIRST * np.random.default_rng(0).normal(size=(len(x), 1))), 103, None),
     ("precision", put("keypoint", slice(None), lambda x: x + 1e8), None, None),
 ])
 def test_faults_planted_into_human_pusht(pusht, code, plant, episode, step):
     data = human(pusht)
     plant(data)
     report = check(data, skip=["images"])
-    also = {"angle_wrap", "action_lag"} | ({"glitch"} if code == "outlier" else set())
+    also = {"angle_wrap", "action_lag"} | ({"glitch"} if code == "outlier" else {"jump"} if code == "units_mixed" else set())
     got = next((f for f in report.findings if f.code == code), None)
     assert got is not None and {f.code for f in report.findings} <= {code, *also}
     if episode is not None:
