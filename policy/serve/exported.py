@@ -57,8 +57,7 @@ class Exported:
     def __init__(self, card: Card, host: Host, graphs: Mapping[str, Graph]):
         self.card, self.host, self.graphs, self.lock = card, host, graphs, threading.Lock()
         self.size, self.guidance = (card.horizon, card.action_dim), guidance(card)
-        self.loops = [Loop(table, host.rtc, card.horizon, graphs["encoder"], graphs["step"], graphs.get("guided"), graphs.get("time"))
-                      for table in (host.solver, host.warm) if table is not None]
+        self.loops = [Loop(table, graphs, host.rtc, card.horizon) for table in (host.solver, host.warm) if table is not None]
 
     def plan(self, obs: Mapping[str, np.ndarray], *, noise: np.ndarray | None = None, prefix: np.ndarray | None = None, committed: int = 0,
              merge: str = "naive") -> np.ndarray:
@@ -93,8 +92,8 @@ class Exported:
 class Loop:
     """One solver's walk along the graphs."""
 
-    def __init__(self, solver: Solver, rtc: int, horizon: int, encoder: Graph, step: Graph, guided: Graph | None, time: Graph | None):
-        self.solver, self.encoder, self.step, self.guided = solver, encoder, step, guided
+    def __init__(self, solver: Solver, graphs: Mapping[str, Graph], rtc: int, horizon: int):
+        self.solver, self.encoder, self.step, self.guided, time = solver, graphs["encoder"], graphs["step"], graphs.get("guided"), graphs.get("time")
         self.taus = [np.full((1, horizon) if rtc else (1,), tau, np.float32) for tau in solver.taus]
         self.times = [{} if time is None else {"time": np.array(time({"tau": tau.ravel()[:1]}))} for tau in self.taus]
 
