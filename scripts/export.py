@@ -21,11 +21,10 @@ from policy.serve.export import export
 from policy.serve.fastplan import FastPlan
 from policy.serve.measure import PARITY, SENSITIVE, parity, race, random_observations
 from policy.train.log import console
-from scripts import common, datasets
+from scripts import common, datasets, settings
 from scripts.cli import words_to_overrides
 from scripts.export_page import show, write_page
 from scripts.policies import policy_of
-from scripts.settings import number, truth
 from scripts.verb import verb
 
 FREE = {"run", "format", "checkpoint", "precision", "accept", "out", "overwrite", "observations", "rounds", "sampler", "guide", "control", "trust", "threads",
@@ -86,11 +85,11 @@ def check(cfg: DictConfig) -> None:
     if cfg.do or not cfg.run:
         raise ValueError(f"dipole export {cfg.do} is unknown; settings are written key=value" if cfg.do else
                          "which run? Name its folder: dipole export run=FOLDER format=onnx")
-    if wrong := sorted({common.key_of(o) for o in common.overrides()} - FREE):
+    if wrong := sorted({settings.key_of(o) for o in settings.overrides()} - FREE):
         raise ValueError(f"{', '.join(wrong)} cannot change in an export. What can: {', '.join(sorted(FREE))}")
-    common.whole(1, observations=cfg.observations, rounds=cfg.rounds, threads=cfg.threads)
-    truth(overwrite=cfg.overwrite)
-    number(0, accept=cfg.accept or 0)
+    settings.whole(1, observations=cfg.observations, rounds=cfg.rounds, threads=cfg.threads)
+    settings.truth(overwrite=cfg.overwrite)
+    settings.number(0, accept=cfg.accept or 0)
 
 
 @verb("export", of_run=("sampler", "guide", "control"))
@@ -101,7 +100,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     torch.set_num_threads(cfg.threads)
     out = Path(cfg.out) if cfg.out else folder / "export" / (cfg.format if cfg.precision == "fp32" else f"{cfg.format}-{cfg.precision}")
     with replaced(out, cfg.overwrite) as part:
-        policy, config = policy_of(cfg, folder, command=common.command())
+        policy, config = policy_of(cfg, folder, command=settings.command())
         card = export(policy, config, part, format=cfg.format, precision=cfg.precision)
         opened = {"threads": cfg.threads, "trust": list(cfg.trust)}
         backend, exact = load(part, **opened), None if cfg.precision == "fp32" else load(part, precision="fp32", **opened)

@@ -1,4 +1,4 @@
-"""What the deploy verb needs of others: a server process of its own, whether policy and robot fit, the in-process result to compare with."""
+"""What the deploy verb needs of others: a server process of its own, the in-process result to compare with."""
 import ctypes
 import os
 import re

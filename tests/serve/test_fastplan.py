@@ -133,12 +133,15 @@ def test_the_loop_of_gpus_is_the_planner_too(net, rtc):
     fast = FastPlan(PlannerBackend(planner))
     fast.loops = [GraphLoop(planner, tabulate(planner))]  # without a GPU it runs as it would be captured
     agree(planner, fast, ("naive", "frozen", "identity", *(("prefix",) if rtc else ())))
+    fast.loops = [GraphLoop(planner, tabulate(planner, warm)) for warm in (None, 0.6)]
+    agree(planner, fast, ("naive", "frozen", "identity", *(("prefix",) if rtc else ())), warm=0.6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph: needs an NVIDIA GPU")
 @pytest.mark.parametrize("net", ["unet1d", "dit", "mlp"])
 def test_a_captured_graph_plans_as_the_planner_does(net):
-    planner = small(net, 8).to("cuda")
-    fast = FastPlan(PlannerBackend(planner))
-    assert isinstance(fast.loops[0], GraphLoop) and fast.loops[0].graph is not None
-    agree(planner, fast, tolerance=1e-4)
+    planner = small(net, 8, steps=6).to("cuda")
+    for warm in (None, 0.6):
+        fast = FastPlan(PlannerBackend(planner, warm=warm))
+        assert all(isinstance(loop, GraphLoop) and loop.graph is not None for loop in fast.loops)
+        agree(planner, fast, tolerance=1e-4, warm=warm)
