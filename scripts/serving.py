@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from policy.page import read_json
 
-READY = re.compile(r"wss?://[\w.:\[\]-]+")
+READY = re.compile(r"^ready (\S+) ", re.MULTILINE)  # of dipole serve, whole
 
 
 def token(file: str | None) -> str | None:
@@ -55,7 +55,7 @@ def _address(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := READY.search(log.read_text(encoding="utf-8", errors="replace")):
-            return found[0]
+            return found[1]
         if process.poll() is not None:
             break
         time.sleep(0.05)
