@@ -61,6 +61,7 @@ FAULTS = {
     "degrees in some": Fault("units_mixed", "error", meaning.degrees_in_some),
     **{f"{key} times {f:g}": Fault("units_mixed", "error", meaning.scaled(key, f)) for key in ("pose", "joints", "action") for f in (100, 10, 0.1, 0.01)},
     **{f"both times {f:g}": Fault("units_mixed", "error", meaning.scaled("joints", f, ("action",))) for f in (100, 10, 0.1, 0.01)},
+    **{f"three of the action times {f:g}": Fault("units_mixed", "error", meaning.scaled("action", f, n=3)) for f in (100, 10, 0.1, 0.01)},
     "action exchanged": Fault("action_exchanged", "error", meaning.exchanged),
     "action flipped": Fault("action_flipped", "error", meaning.flipped),
     "gripper inverted": Fault("action_flipped", "error", meaning.gripper_inverted),

@@ -88,10 +88,10 @@ def degrees_in_some(d: Arrays) -> list[tuple]:
     return [("joints", None, 20, 0, lengths(d)[20]), ("action", None, 20, 0, lengths(d)[20])]
 
 
-def scaled(key: str, factor: float, also: tuple[str, ...] = ()) -> Callable[[Arrays], list[tuple]]:
+def scaled(key: str, factor: float, also: tuple[str, ...] = (), n: int = 6) -> Callable[[Arrays], list[tuple]]:
     def plant(d: Arrays) -> list[tuple]:
         for k in (key, *also):
-            d.arrays[k][d.span(7)][:, :3 if key == "pose" else 6] *= np.float32(factor)
+            d.arrays[k][d.span(7)][:, :3 if key == "pose" else n] *= np.float32(factor)
         return [(k, c, 7, 0, lengths(d)[7]) for k in (key, *also) for c in (0, 1)]
     return plant
 
