@@ -69,7 +69,7 @@ class Pool:
             self._change.notify_all()
         for thread in self._threads:
             thread.join()
-        self._threads = []
+        self._threads, self.followed = [], None
 
     def _run(self) -> None:
         try:

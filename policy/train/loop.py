@@ -111,6 +111,8 @@ class Trainer:
         finally:
             for s, handler in previous.items():
                 signal.signal(s, handler)
+            if self._epoch is not None:
+                self._epoch[1].close()  # no more reading ahead
         if self._stop and self.step < self.settings.steps:
             console.print(f"stopped at step {self.step}; resume with: dipole train run={self.folder} resume=true")
 

@@ -2,6 +2,7 @@
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,10 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys):
     whole = trainer(tmp_path / "a", store, 4000)
     assert 3 < whole.data.live < len(whole.data._base)
     run(whole)
+    assert not [t for t in threading.enumerate() if t.name == "dipole reader"]  # nobody reads any more
+    at = 39 % (len(whole.data) // 16) * 16
+    same(whole.batch(39), whole.data.batch(whole._epoch[1].order[at:at + 16]))  # but a batch may still be looked at
+    whole._epoch[1].close()
     half = trainer(tmp_path / "b", store, 4000)
     step = half.one_step
     monkeypatch.setattr(half, "one_step", lambda meter: (step(meter), setattr(half, "_stop", half.step >= 17))[0])
