@@ -7,8 +7,9 @@ import urllib.request
 
 from websockets.sync.client import ClientConnection, connect
 
+from policy.serve.client import PlannerClient
 from policy.serve.wire import Message, Observation, pack, unpack
-from tests.serve.far import obs
+from tests.serve.far import Far, obs
 
 
 def dial(url: str, path: str = "/plan", **options) -> ClientConnection:
@@ -54,3 +55,9 @@ def closed_after(sock: socket.socket) -> float:
         while sock.recv(65536):
             pass
     return time.monotonic() - start
+
+
+def alive(far: Far, **options) -> None:
+    """It answers a good request."""
+    with PlannerClient(far.url, **options) as client:
+        assert client.plan(obs(1, 2), timeout=30).actions[0].tolist() == [1, 2]
