@@ -87,13 +87,15 @@ def test_a_bad_request_has_an_err_with_its_code_and_the_connection_goes_on(quick
 def test_of_a_burst_of_200_the_first_and_the_newest_are_planned(slow):
     with dial(slow.url) as ws:
         hear(ws)
+        start = time.monotonic()
         for seq in range(200):
             ws.send(ask(seq))
+        sent = time.monotonic() - start
         answers = [hear(ws) for _ in range(200)]
     planned = [a.seq for a in answers if isinstance(a, Planned)]
     assert Counter(a.code for a in answers if isinstance(a, Err)) == {"superseded": 200 - len(planned)}
     assert {a.seq for a in answers} == set(range(200))
-    assert planned[-1] == 199 and 2 <= len(planned) <= 2 + 5  # a busy computer may let another one through
+    assert planned[-1] == 199 and 2 <= len(planned) <= 3 + sent / 0.15  # where sending takes longer than a plan, another one is made
 
 
 def test_a_request_whose_deadline_passes_in_the_queue_is_not_planned(slow):
