@@ -57,7 +57,9 @@ def read_card(folder: Path) -> Card:
     """card.json of an export, every file beside it verified."""
     path = folder / "card.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not an export: it has no card.json. Make one: dipole export run=… out={folder}")
+        run = (folder / "config.yaml").is_file()
+        raise FileNotFoundError(f"{folder} is a training run, not an export: name it as run={folder}, or export it: dipole export run={folder}" if run else
+                                f"{folder} is not an export: it has no card.json. Make one: dipole export run=… out={folder}")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         said = body.pop("sha256", None) if isinstance(body, dict) else None
