@@ -76,7 +76,8 @@ def test_it_serves_the_plans_of_the_run(run, tmp_path):
     (["run={run}", "tls.cert=/nowhere.pem", "tls.key=/no.pem"], ["tls.cert=/nowhere.pem is no file"]),
     (["run={run}", "insecure=no"], ["insecure=no", "true or false"]), (["run={run}", "delay=soon"], ["delay='soon'"]),
     (["run={run}", "tls.cert=x"], ["tls.key"]), (["run={run}", "prot=1"], ["port"]), (["run={run}", "token_file=/nowhere"], ["/nowhere"]),
-    (["artifact={run}", "sampler.steps=3"], ["sampler"]), (["artifact={run}"], ["is a training run", "run={run}"]), (["run={run}", "checkpoint=policy_7"], ["policy_7"])])
+    (["artifact={run}", "sampler.steps=3"], ["sampler"]), (["artifact={run}"], ["is a training run", "run={run}"]),
+    (["run={run}", "checkpoint=policy_7"], ["policy_7"])])
 def test_a_slip_is_answered_with_what_to_do(run, argv, words):
     with socket.create_server(("127.0.0.1", 0)) as s:
         names = {"run": run, "taken": s.getsockname()[1]}
