@@ -62,7 +62,7 @@ class Store:
         missing: "error" refuses a chunk file that is not there; "zeros" reads it as zarr does, for writers that leave out chunks of zeros.
         """
         if mode not in ("r", "a") or missing not in ("error", "zeros"):
-            raise ValueError(f"mode is 'r' or 'a' and missing is 'error' or 'zeros', got {mode!r} and {missing!r}")
+            raise ValueError(f"missing={missing!r} is unknown; use error or zeros" if mode in ("r", "a") else f"mode is 'r' or 'a', got {mode!r}")
         files = Files(path, writable=mode == "a")
         if files.writable and (lock := hold(files.path)) is not None:  # what a live recorder is writing is no stray
             os.close(lock)

@@ -10,6 +10,8 @@ from policy.data import DataError, Store
 from policy.data.convert import convert
 from policy.data.convert.own import NAME
 from policy.data.edit import trim
+from policy.data.sources import entries
+from policy.data.validate import validate
 
 RNG = np.random.default_rng(3)
 MEANT = {"kind": "absolute", "space": "ee", "of": "pose", "of_take": [0, 1], "parts": {"position": [0, 1], "gripper": [2]}, "text": "where to be"}
@@ -62,6 +64,15 @@ def test_complex_numbers_are_refused(tmp_path):
         convert(tmp_path / "a.npz", tmp_path / "a.zarr", fps=20, skip=["name"])
     with pytest.raises(DataError, match=r"'name' holds no numbers.*skip=\[name\]"):
         convert(tmp_path / "a.npz", tmp_path / "a.zarr", fps=20, skip=["actions"], action_from="q")
+
+
+@pytest.mark.parametrize("use", [
+    lambda path, to: convert(path, to, missing="zero"), lambda path, to: convert(path, to, format="store", missing="zero"),
+    lambda path, to: validate(path, missing="zero"), lambda path, to: entries(path, {"pose": "pose"}, missing="zero")],
+    ids=["back", "store", "validate", "train"])
+def test_an_unknown_missing_is_named_with_what_there_is(dataset, tmp_path, use):
+    with pytest.raises(ValueError, match="missing='zero' is unknown; use error or zeros"):
+        use(dataset, tmp_path / "b.npz")
 
 
 def test_an_action_made_of_parts_is_said(tmp_path):
