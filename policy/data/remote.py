@@ -36,6 +36,10 @@ class Refused(Exception):
     """The server knows who asks, or that nobody is named, and says no: asking again is of no use."""
 
 
+class Whole(Exception):
+    """The server sends files only whole: asking again is of no use."""
+
+
 class Backend(Protocol):
     def list(self) -> dict[str, int] | None:
         """{file below the URL: bytes}, {"": bytes} when the URL is a file itself; None where the server cannot list."""
@@ -113,6 +117,9 @@ class Remote:
                 raise FileNotFoundError(self._of(name)) from e
             except Refused as e:
                 raise DataError(f"{self._of(name)}: {e}. " + self._who()) from e
+            except Whole as e:
+                raise DataError(f"{self._of(name)}: the server sends no parts of files (it ignores Range requests, as python -m http.server does), and data "
+                                "is read in parts. Serve it by one that does (nginx, caddy, npx http-server, S3), or copy the dataset here first") from e
             except (OSError, TimeoutError) as e:
                 if attempt == TRIES - 1:
                     server = f" (AWS_ENDPOINT_URL={end})" if self.scheme == "s3" and (end := os.environ.get("AWS_ENDPOINT_URL")) else ""
@@ -184,6 +191,8 @@ class _Obstore:
         except (self._errors.PermissionDeniedError, self._errors.UnauthenticatedError) as e:
             code = "401" if isinstance(e, self._errors.UnauthenticatedError) else "403"
             raise Refused(f"the server refuses ({code})") from e
+        except self._errors.NotSupportedError as e:
+            raise Whole from e
         except (self._errors.BaseError, TimeoutError) as e:
             text = str(e)
             if status := re.search(r"status code: (40[134])", text):  # of a listing

@@ -3,8 +3,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -157,6 +160,26 @@ def test_nobody_there_and_nothing_there(s3, moved, monkeypatch):
     with pytest.raises(DataError, match="cannot be read, 5 times"):
         Store.open("http://127.0.0.1:9/d.zarr")
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("name, container, asked", [("d.zarr", lambda p: p, "zarr.json"), ("d.zarr.zip", zipped, "")], ids=["directory", "zip"])
+def test_a_web_server_that_sends_files_whole_is_told_at_once(moved, name, container, asked):
+    container(moved)
+    seen = []
+
+    class Python(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            seen.append((self.command, self.path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Python, directory=str(moved.parent)))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/{name}"
+    try:
+        with pytest.raises(DataError, match=f"{url}.*: the server sends no parts of files .*nginx, caddy, npx http-server, S3.*or copy the dataset here"):
+            Store.open(url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [path for method, path in seen if method == "GET"] == [f"/{name}/{asked}".rstrip("/")]  # once
 
 
 def test_no_credentials(s3, moved, monkeypatch):
