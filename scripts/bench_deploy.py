@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
+from rich.table import Column
 from rich.table import Table as TextTable
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from policy.serve.backend import PlannerBackend
 from policy.serve.export import export
 from policy.serve.fastplan import FastPlan
 from policy.serve.measure import race
-from policy.train.log import console
+from policy.train.log import bar, console
 from policy.types import Spec
 
 K, OBS, T_OBS, ACTIONS, HORIZON = 100, 20, 2, 7, 16
@@ -46,24 +47,33 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     ways: dict[str, Callable[..., np.ndarray]] = {"diffusers loop": by_hand(planner, cfg.deploy.steps), "Planner.plan": policy.plan}
     guided: dict[str, Callable[..., np.ndarray]] = {f"Planner.plan{GUIDED}": partial(policy.plan, **promised)}
     made: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, build in builders(policy, Path(folder), cfg.threads).items():
+    with tempfile.TemporaryDirectory() as folder, bar() as progress:
+        making = builders(policy, Path(folder), cfg.threads)
+        task = progress.add_task("build", total=len(making), note="")
+        for name, build in making.items():
+            progress.update(task, note=name)
             start = time.perf_counter()
             try:
                 ways[name] = build()
             except ImportError as e:
                 console.print(f"{name} is left out: {e}", highlight=False, soft_wrap=True, markup=False)
                 continue
+            finally:
+                progress.advance(task)
             made[name] = {"built_s": time.perf_counter() - start}
             if name in ("ONNX Runtime", "OpenVINO"):
                 guided[f"{name}{GUIDED}"] = partial(ways[name], **promised)
+        progress.update(task, note="")
+        task = progress.add_task("compare", total=len(ways) + len(guided), note="")
         apart = {}
         for right, others in ((policy.plan, ways), (next(iter(guided.values())), guided)):
             for name, plan in others.items():
                 apart[name] = max(float(np.abs(plan(obs, noise=noise) - right(obs, noise=noise)).max()) for obs, noise in seen)
+                progress.advance(task)
         obs, noise = seen[0]
         plans = {name: partial(plan, obs, noise=noise) for name, plan in (ways | guided).items()}
-        rows: dict[str, dict[str, Any]] = {**race(plans, rounds=cfg.rounds)}
+        task = progress.add_task("time", total=cfg.rounds + 1, note="")
+        rows: dict[str, dict[str, Any]] = {**race(plans, rounds=cfg.rounds, turned=lambda: progress.advance(task))}
     for name, row in rows.items():
         first = rows[next(iter(guided if name in guided else ways))]["cpu_ms"]
         row |= {"faster": first / row["cpu_ms"], "difference": apart[name], "wanted": WANTED.get(name), **made.get(name, {})}
@@ -106,7 +116,7 @@ def builders(policy: PlannerBackend, folder: Path, threads: int) -> dict[str, Ca
 
 
 def show(rows: dict[str, Any]) -> None:
-    table = TextTable("one plan", "CPU ms", "p50, ms", "p99", "faster", "wanted", "difference", "built, s", box=SIMPLE_HEAD, pad_edge=False)
+    table = TextTable(Column("one plan", no_wrap=True), "CPU ms", "p50", "p99", "faster", "wanted", "differs", "built, s", box=SIMPLE_HEAD, pad_edge=False)
     for name, r in rows.items():
         table.add_row(name, *(f"{r[k]:.1f}" for k in ("cpu_ms", "wall_p50_ms", "wall_p99_ms", "faster")), str(r["wanted"] or ""), f"{r['difference']:.0e}",
                       f"{r['built_s']:.1f}" if "built_s" in r else "")

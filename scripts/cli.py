@@ -9,12 +9,14 @@ import importlib
 import importlib.metadata
 import os
 import re
+import select
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 HERE = Path(__file__).parent
 TAKES_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
@@ -146,7 +148,22 @@ def main() -> None:
         if not (line := missing(error.name, verb)):
             raise
         raise SystemExit(f"dipole {verb} needs {(error.name or '').partition('.')[0]}, which is not installed: {line}") from error
-    module.main()
+    try:
+        module.main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        if not closed(sys.stdout):
+            raise
+        raise SystemExit(141) from None  # what a shell makes of SIGPIPE
+
+
+def closed(out: TextIO) -> bool:
+    """Whether nobody reads this pipe any more; then it leads to nowhere from now on, so that the interpreter's own last flush says nothing."""
+    poll = select.poll()
+    poll.register(out.fileno(), 0)
+    if gone := any(event & select.POLLERR for _, event in poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+    return gone
 
 
 if __name__ == "__main__":

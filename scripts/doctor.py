@@ -50,6 +50,8 @@ def cores() -> float:
 
 
 def torch() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding("torch", OK, "not installed: this computer asks a server for its plans", "to train, plan or serve here: pip install 'dipole[policy]'")
     import torch
 
     native = sorted({"avx512_bf16", "amx_bf16"} & cpu_flags())
@@ -128,6 +130,12 @@ def packages(extra: str) -> Finding:
     if outside:
         return Finding(name, WARN, "; ".join(outside), f"untested: {install}")
     return Finding(name, OK, ", ".join(present))
+
+
+def versions() -> Finding:
+    """Where nothing can read the ranges that extras ask for, as on a robot with dipole[client] alone."""
+    found = importlib.metadata.version("dipole")
+    return Finding("packages", OK, f"dipole {found}; versions were not compared", "to have them compared: pip install 'dipole[command]'")
 
 
 DRAW = """
@@ -285,7 +293,8 @@ def main() -> None:
     if unknown := given.keys() - set(SETTINGS):
         print(f"dipole doctor: no setting {', '.join(map(repr, sorted(unknown)))} (known: {', '.join(SETTINGS)})", file=sys.stderr)
         raise SystemExit(2)
-    checks: list[Callable[[], Finding]] = [python, torch, load, *(partial(packages, extra) for extra in extras()),
+    each = [partial(packages, extra) for extra in extras()] if importlib.util.find_spec("packaging") else [versions]
+    checks: list[Callable[[], Finding]] = [python, torch, load, *each,
                                            partial(graphics, float(given.get("timeout", 20))), ffmpeg, disk, wandb]
     if "path" in given:
         checks.append(partial(dataset, given["path"]))

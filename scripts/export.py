@@ -125,11 +125,13 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 @contextmanager
 def replaced(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place when all went well; on any failure what was there stays. FileExistsError when that is not to be replaced."""
+    part, old = (out.with_name(f".{out.name}.{name}") for name in ("part", "old"))
+    if old.exists() and not out.exists():  # killed between the two renames below
+        old.replace(out)
     if out.exists() and not (out.is_dir() and ((out / "card.json").exists() or not any(out.iterdir()))):
         raise FileExistsError(f"{out} holds something that is no export: name another folder, out=…")
     if (out / "card.json").exists() and not overwrite:
         raise FileExistsError(f"{out} already holds an export: replace it with overwrite=true, or name another folder, out=…")
-    part, old = (out.with_name(f".{out.name}.{name}") for name in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
     try:
         yield part

@@ -91,8 +91,11 @@ def told(e: BaseException, name: str) -> str:
     """What to tell the user of verb `name` about a mistake; '' when it is a bug after all."""
     if isinstance(e, InstantiationException) and e.__cause__ is not None:  # a class refused its arguments
         cause = e.__cause__
-        if isinstance(cause, ImportError) and (line := missing(cause.name, name)):
-            return f"{cause.name} is not installed: {line}"
+        for reason in reversed(list(causes(e))):  # the innermost knows what is missing, the one around it perhaps which extra has it
+            if isinstance(reason, ImportError) and (line := missing(reason.name, name)):
+                return f"{reason.name} is not installed: {line}"
+            if isinstance(reason, ImportError) and "pip install" in str(reason):
+                return str(reason)
         if isinstance(cause, MISTAKES):
             return told(cause, name)
         return " ".join(first_lines(e).split()) if isinstance(cause, TypeError | ImportError | AttributeError) else ""
@@ -107,6 +110,11 @@ def told(e: BaseException, name: str) -> str:
     if isinstance(e, KeyError) and not isinstance(e, OmegaConfBaseException) and e.args:
         return str(e.args[0])  # str() of a KeyError is quoted
     return first_lines(e)
+
+
+def causes(e: BaseException) -> Iterator[BaseException]:
+    while e.__cause__ is not None:
+        yield (e := e.__cause__)
 
 
 def shown(name: str) -> str:

@@ -91,3 +91,19 @@ def test_a_verb_without_its_extra_ends_in_one_line(module):
     code = f"import sys; sys.modules[{module!r}] = None; sys.argv = ['dipole', 'deploy', 'robot=gantry']; from scripts import cli; cli.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"dipole deploy needs {module}, which is not installed: pip install 'dipole[deploy]'\n"
+
+
+def test_a_driver_without_its_extra_ends_in_one_line():
+    """Two imports deep: hydra's own words for it are three lines and no advice."""
+    code = ("import sys; sys.modules['franky'] = None; sys.argv = ['dipole', 'deploy', 'robot=franka', 'robot.driver.host=127.0.0.1', 'url=ws://127.0.0.1:1']; "
+            "from scripts import cli; cli.main()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: the Franka driver needs franky: pip install 'dipole[franka]'\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`dipole serve --help | head -1`: the pipe is closed before anything is written."""
+    ours = subprocess.Popen([sys.executable, "-m", "scripts.cli", "serve", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ours.stdout.close()
+    said = ours.stderr.read()
+    assert ours.wait() == 141 and not said

@@ -202,3 +202,14 @@ def test_an_unknown_setting_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         doctor.main()
     assert stop.value.code == 2 and "'pth'" in capsys.readouterr().err
+
+
+def test_a_robot_with_the_client_alone_is_not_broken(monkeypatch, capsys):
+    """No torch, no packaging, no rich: what dipole[client] leaves out is no fault."""
+    there = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: there(name) if name in sys.stdlib_module_names else None)
+    monkeypatch.setattr(sys, "argv", ["dipole doctor"])
+    with pytest.raises(SystemExit) as stop:
+        doctor.main()
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "0 broken" in out and "asks a server for its plans" in out

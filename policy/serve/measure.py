@@ -110,10 +110,10 @@ def exactly(planner: Planner) -> Planner:
     return exact
 
 
-def race(plans: Mapping[str, Callable[[], Any]], *, rounds: int, each: int = 3) -> dict[str, dict[str, float]]:
+def race(plans: Mapping[str, Callable[[], Any]], *, rounds: int, each: int = 3, turned: Callable[[], None] = lambda: None) -> dict[str, dict[str, float]]:
     """Milliseconds of every call, in turns of `each`, so that a busy computer is busy for all: {name: cpu_ms, cpu_min_ms, wall_p50_ms, wall_p99_ms}.
 
-    cpu: of all threads of the process. The first turn warms up and does not count.
+    cpu: of all threads of the process. The first turn warms up and does not count.   turned: called after every turn, rounds + 1 times.
     """
     cpu: dict[str, list[float]] = {name: [] for name in plans}
     wall: dict[str, list[float]] = {name: [] for name in plans}
@@ -126,5 +126,6 @@ def race(plans: Mapping[str, Callable[[], Any]], *, rounds: int, each: int = 3) 
                 if turn:
                     cpu[name].append(1e3 * c)
                     wall[name].append(1e3 * w)
+        turned()
     return {name: {"cpu_ms": float(np.median(cpu[name])), "cpu_min_ms": min(cpu[name]), "wall_p50_ms": float(np.median(wall[name])),
                    "wall_p99_ms": float(np.percentile(wall[name], 99)), "plans": len(cpu[name])} for name in plans}

@@ -7,6 +7,7 @@ import pytest
 
 from policy.serve.artifact import load
 from policy.serve.measure import PARITY
+from scripts.export import replaced
 from tests.test_scripts import refused, run, shell  # noqa: F401  (fixtures)
 
 pytest.importorskip("onnxscript", reason="pip install 'dipole[export]'")
@@ -37,6 +38,15 @@ def test_export_compares_times_and_replaces(shell, run):  # noqa: F811
     assert again.code == 0, again.err
     assert not (folder / "old").exists() and load(folder).plan(obs).shape == (card["horizon"], card["action_dim"])
     assert not list(shell.folder.glob(".robot*"))
+
+
+def test_killed_between_its_two_renames_it_gives_back_what_was_there(tmp_path):
+    out, old = tmp_path / "robot", tmp_path / ".robot.old"
+    old.mkdir()
+    (old / "card.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="already holds an export"), replaced(out, False):
+        pass
+    assert (out / "card.json").exists() and not old.exists()
 
 
 def test_bf16_has_to_be_asked_for_by_how_much_it_may_differ(shell, run):  # noqa: F811
