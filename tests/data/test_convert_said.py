@@ -87,28 +87,65 @@ def test_an_action_made_of_parts_is_said(tmp_path):
 
 @pytest.fixture
 def told(tmp_path):
-    schema = {"pose": ((2,), "float32"), "action": ((3,), "float32"), "extra": ((1,), "float64")}
-    store = Store.create(tmp_path / "ours.zarr", schema, fps=12.5, units={"pose": "m", "action": "mm"}, action_semantics="where to be",
-                         attrs={"action": MEANT, "task": "Push ü", "obs": {"pose": "pose"}})
-    store.extend([{"pose": RNG.normal(size=(n, 2)).astype("f4"), "action": RNG.normal(size=(n, 3)).astype("f4"), "extra": np.ones((n, 1))} for n in (5, 8)])
+    return ours(tmp_path / "ours.zarr", {"pose": "pose"})
+
+
+def ours(path, obs, **more):
+    """Two episodes with pose, action, extra and more {key: dtype}, of one number each."""
+    schema = {"pose": ((2,), "float32"), "action": ((3,), "float32"), "extra": ((1,), "float64"), **{k: ((), t) for k, t in more.items()}}
+    store = Store.create(path, schema, fps=12.5, units={"pose": "m", "action": "mm", "extra": "s"}, action_semantics="where to be",
+                         attrs={"action": MEANT, "task": "Push ü", "obs": obs})
+    store.extend([{k: (9 * RNG.normal(size=(n, *shape))).astype(t) for k, (shape, t) in schema.items()} for n in (5, 8)])
     return store
 
 
-@pytest.mark.parametrize("form, name", [("robomimic", "b.hdf5"), ("npz", "b.npz")])
-def test_what_a_store_says_comes_back_from_other_formats(told, tmp_path, form, name):
+@pytest.mark.parametrize("obs, more", [
+    ({"pose": "pose"}, {}), ({"y": {"key": "pose", "take": [1]}, "count": "count", "grip": "grip"}, {"count": "i2", "grip": "f8", "reward": "f4"})],
+    ids=["one", "several"])
+@pytest.mark.parametrize("form, name", [("robomimic", "b.hdf5"), ("npz", "b.npz"), ("aloha", "b"), ("d4rl", "b.hdf5"), ("minari", "b")])
+def test_what_a_store_says_comes_back_from_other_formats(tmp_path, form, name, obs, more):
+    told = ours(tmp_path / "ours.zarr", obs, **more)
     convert(told.path, tmp_path / name, format=form)
     done = convert(tmp_path / name, tmp_path / "again.zarr")
     again = Store.open(done.path)
-    assert (again.fps, again.units, again.action_semantics, again.keys, done.notes) == (12.5, told.units, "where to be", told.keys, ())
-    assert again.attrs["task"] == "Push ü" and again.attrs["obs"] == {"pose": "pose"}
+    assert (done.format, again.fps, again.units, again.action_semantics, done.notes) == (form, 12.5, told.units, "where to be", ())
+    assert again.attrs["task"] == "Push ü" and again.attrs["obs"] == obs
     assert {**again.attrs["action"], "rotation": None} == {**MEANT, "rotation": None}
+    made = {"d4rl": {"terminals", "timeouts"}, "minari": {"terminations", "truncations"}}.get(form, set())
+    assert set(again.keys) - set(told.keys) == made | ({"rewards"} if made and "reward" not in more else set())
+    assert {k: again.schema[k] for k in told.keys} == told.schema
     for key in told.keys:
         np.testing.assert_array_equal(again.read(key), told.read(key))
+    back = convert(done.path, tmp_path / "back").path  # and the format itself, from the store that came from it
+    files = sorted(p for p in (tmp_path / name).rglob("*.hdf5")) if back.is_dir() else [tmp_path / name]
+    for file in files if form != "npz" else []:
+        assert_same_hdf5(file, back / file.relative_to(tmp_path / name) if back.is_dir() else back)
+
+
+@pytest.mark.parametrize("form, key", [("d4rl", "terminals"), ("minari", "terminations")])
+def test_a_key_that_is_called_as_what_the_format_adds_keeps_a_name_of_its_own(tmp_path, form, key):
+    told = ours(tmp_path / "ours.zarr", {"pose": "pose"}, **{key: "bool"})
+    again = Store.open(convert(convert(told.path, tmp_path / "b", format=form).path, tmp_path / "again.zarr").path)
+    np.testing.assert_array_equal(again.read(f"infos_{key}"), told.read(key))
+    assert not again.read(key).any() and again.episodes == 2
+
+
+def test_observations_that_another_program_made_wider_stay_one_key(told, tmp_path):
+    with h5py.File(convert(told.path, tmp_path / "b.hdf5", format="d4rl").path, "r+") as f:
+        x = np.concatenate([f["observations"], f["observations"]], 1)
+        del f["observations"]
+        f["observations"] = x
+    done = convert(tmp_path / "b.hdf5", tmp_path / "again.zarr")
+    again = Store.open(done.path)
+    np.testing.assert_array_equal(again.read("observations"), x)
+    assert list(again.attrs["obs"]) == ["observations"] and "no longer pose side by side" in done.notes[0]
 
 
 @pytest.mark.parametrize("text, note", [
     ("{", "is not understood"), ("[1]", "is not understood"), ("[" * 60000, "is not understood"),
     (json.dumps({"fps": "x", "units": [1], "action": {"kind": "no"}, "task": 3, "obs": "pose"}), "fps, units, action, task, obs in dipole"),
+    (json.dumps({"keys": {"obs/pose": "../pose"}, "columns": [["pose", [2], "O"]]}), "keys, columns in dipole"),
+    (json.dumps({"columns": [["pose", [-2], "<f4"]], "keys": [1]}), "keys, columns in dipole"),
     (json.dumps({"fps": 1e999, "action": 3, "units": {"pose": 1}, "obs": [{"k": 1}]}), "fps, units, action, obs in dipole")])
 def test_garbage_there_is_passed_over_with_a_note(told, tmp_path, text, note):
     with h5py.File(convert(told.path, tmp_path / "b.hdf5", format="robomimic").path, "r+") as f:

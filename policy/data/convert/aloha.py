@@ -1,7 +1,7 @@
 """ACT and ALOHA: a folder with one HDF5 file an episode, each with action, observations/qpos, observations/images/….
 
 Every dataset with one row an action is a key. Images that were compressed are decoded as OpenCV does, which gives back the colours that went in, and are
-written back as plain arrays. The files do not tell their rate: fps=… (ALOHA: 50).
+written back as plain arrays. The files do not tell their rate: fps=… (ALOHA: 50); those that dipole wrote do, see own.py.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 from policy.data.convert import h5
 from policy.data.convert.back import Origin, inside
 from policy.data.convert.npz import natural
+from policy.data.convert.own import NAME, dump, load
 from policy.data.convert.source import Episode, Source
 from policy.data.semantics import Semantics
 from policy.data.store import Schema, Store
@@ -41,16 +42,18 @@ def read(path: Path) -> Source:
             packed |= {k for k in rows if h5.jpeg(f[k])}
             last = {k: _colours(h5.rows(f[k], n, n + 1), k in packed)[0] for k in more}
             each.append({"file": file.name, **({"final": last} if last else {}), **h5.rest(f, found, rows)})
+    notes = h5.left_out({"arrays": {k: x for k, x in e["arrays"].items() if k != "compress_len"}} for e in each)
+    own = load(next((e["attrs"][NAME] for e in each if NAME in e["attrs"]), None), notes)
     meant = Semantics("absolute", "joint", of=STATE, text="target of qpos") if STATE in schema and schema[STATE][0] == schema[ACTION][0] else Semantics()
-    return Source(path, "aloha", schema, lambda: _stream(files, list(schema), packed), len(files), action=ACTION, semantics=meant,
-                  attrs={"task": path.name}, keep={"episodes": each, "filters": how, "jpeg": sorted(packed)},
-                  notes=h5.left_out({"arrays": {k: x for k, x in e["arrays"].items() if k != "compress_len"}} for e in each))
+    return Source(path, "aloha", schema, lambda: _stream(files, list(schema), packed), len(files), fps=own.fps, units=own.units, action=ACTION,
+                  semantics=own.semantics if own.said else meant, attrs=own.attrs(path.name), obs=own.obs, names=own.keys,
+                  keep={"episodes": each, "filters": how, "jpeg": sorted(packed)}, notes=notes)
 
 
 def write(store: Store, path: Path) -> list[str]:
-    """As it came; a store from elsewhere as observations/<key> and action, its images too."""
+    """As it came; a store from elsewhere as observations/<key> and action, its images too; and what only we say in each file."""
     origin = Origin.of(store, "aloha", obs="observations/", action=ACTION)
-    packed = origin.keep.get("jpeg", [])
+    packed, own = origin.keep.get("jpeg", []), "" if origin.came else dump(origin)
     path.mkdir()
     for i in range(store.episodes):
         said = origin.of_episode(i)
@@ -61,6 +64,8 @@ def write(store: Store, path: Path) -> list[str]:
             plain = {"attrs": {**said.get("attrs", {}), **({"compress": np.bool_(False)} if packed and "compress" in said.get("attrs", {}) else {})}}
             arrays = {k: x for k, x in said.get("arrays", {}).items() if not (packed and k == "compress_len")}
             h5.write_rest(f, {**said, "arrays": arrays, **plain})
+            if not origin.came:
+                f.attrs[NAME] = own
     return origin.notes + ([f"{', '.join(packed)}: JPEG in the source, plain arrays now"] if packed else [])
 
 

@@ -2,6 +2,7 @@
 
 Observations have one frame more than there are actions: the store has those a policy acts on, the last of each episode is kept. Dictionary and tuple
 spaces become one key for each leaf, discrete ones whole numbers. JPEG images are decoded, and written back as plain arrays. Text is kept, not stored.
+What only a store says is written into the attribute `dipole` of the HDF5 file, see own.py.
 """
 import json
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 
 from policy.data.convert import h5
 from policy.data.convert.back import Origin, observed
+from policy.data.convert.own import NAME, dump, load
 from policy.data.convert.source import Episode, Source
 from policy.data.files import DataError
 from policy.data.store import Schema, Store
@@ -46,14 +48,16 @@ def read(path: Path) -> Source:
             raise DataError(f"{folder / FILE} holds no episode")
         schema, longer, each = _episodes(f, names)
         first = f[names[0]]
-        keep = {"metadata": text, "longer": longer, "episodes": each, "attrs": h5.attrs_of(f), "jpeg": [k for k in schema if h5.jpeg(first[k])],
+        keep = {"metadata": text, "longer": longer, "episodes": each, "attrs": (said := h5.attrs_of(f)), "jpeg": [k for k in schema if h5.jpeg(first[k])],
                 "filters": {k: how for k in schema if (how := h5.filters(first[k]))}}
     acting = [k for k in schema if k == "actions" or k.startswith("actions/")]
     one = acting[0] if acting == ["actions"] else None
     left = sorted({k for e in each for k in e["arrays"]})
     notes = [f"not one row a step, so kept but no keys: {', '.join(left)}"] if left else []
-    return Source(path, "minari", schema, lambda: _stream(folder / FILE, names, list(schema)), len(names), action=one,
-                  action_from=None if one else acting or None, attrs={"task": meta.get("dataset_id") or path.name}, notes=notes, keep=keep)
+    own = load(said.get(NAME), notes)
+    return Source(path, "minari", schema, lambda: _stream(folder / FILE, names, list(schema)), len(names), fps=own.fps, units=own.units, action=one,
+                  action_from=None if one else acting or None, semantics=own.semantics, attrs=own.attrs(meta.get("dataset_id") or path.name), obs=own.obs,
+                  names=own.keys, notes=notes, keep=keep)
 
 
 def write(store: Store, path: Path) -> list[str]:
@@ -64,7 +68,7 @@ def write(store: Store, path: Path) -> list[str]:
     data, repeated = path / "data", 0
     data.mkdir(parents=True)
     with h5.h5py().File(data / FILE, "w", track_order=True) as f:
-        h5.set_attrs(f, origin.keep.get("attrs", {}))
+        h5.set_attrs(f, origin.keep.get("attrs", {}) if origin.came else {NAME: dump(origin, made=OUTCOMES)})
         for i in range(store.episodes):
             said, group = origin.of_episode(i), f.create_group(f"episode_{i}")
             last = said.get("final", {})
@@ -127,7 +131,7 @@ def _stream(file: Path, names: list[str], keys: list[str]) -> Iterator[Episode]:
 
 def _named(origin: Origin) -> None:
     """A store from elsewhere: what a policy observes are its observations, the rest infos."""
-    seen, names = observed(origin.store), origin.names
+    seen, names = [k for k in observed(origin.store) if k != "action"], origin.names
     for key in list(names):
         if key in seen:
             names[key] = "observations" if len(seen) == 1 else f"observations/{key}"

@@ -49,7 +49,8 @@ class Plan:
                             f"real and imaginary part), or leave it out with skip=[{odd[0]}]")
         alone = len(parts) == 1 and parts[0].take is None and not parts[0].shift and len(source.schema[parts[0].key][0]) < 2  # others are flattened
         one = parts[0].key if alone else None
-        stored = stored_names(names, rules.keys, one, reserved=["action"] if parts and not one else [])
+        said = {**{k: s for k, s in source.names.items() if k in names}, **rules.keys}
+        stored = stored_names(names, said, one, reserved=["action"] if parts and not one else [])
         schema: Schema = {stored[k]: (tuple(source.schema[k][0]), np.dtype(source.schema[k][1]).newbyteorder("=")) for k in names}
         if parts and not one:
             schema["action"] = _composed(source, parts)
