@@ -2,7 +2,7 @@
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -61,15 +61,19 @@ def detect(path: Path | str) -> str:
     raise DataError(f"{path} is no format that is known here. Looked for:{looked}")
 
 
-def open_source(path: Path | str, format: str | None = None, *, fps: float | None = None, missing: str = "error", **options: Any) -> Source:
+def open_source(path: Path | str, format: str | None = None, *, fps: float | None = None, missing: str = "error", skip: Sequence[str] = (),
+                **options: Any) -> Source:
     """A foreign dataset, read only as far as to know what is in it.   options: of the format's `read`, ValueError for others.
 
     fps: the rate to lay it on [Hz], for a format without steps of its own.   missing: error or zeros, for zarr, see Store.open.
+    skip: patterns of names that will not be used, which a format may then have with other numbers of rows.
     """
     name = format or detect(path)
     reader, path = module(name), _here(path)
     if fps and "fps" in inspect.signature(reader.read).parameters:
         options = {"fps": fps, **options}
+    if skip and "skip" in inspect.signature(reader.read).parameters:
+        options = {"skip": skip, **options}
     if missing != "error":
         options = {"missing": missing, **options}
     return reader.read(path, **_allowed(name, reader.read, options))
@@ -103,7 +107,7 @@ def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, A
     src, dst, rules = where(src), free(dst), Rules.of(mapping).but(**entries)
     if is_store(src) and not (rules.format and module(rules.format).detects(src)):
         return _back(src, dst, rules, missing)
-    source = open_source(src, rules.format, **{"fps": rules.fps, "missing": missing, **rules.options})
+    source = open_source(src, rules.format, **{"fps": rules.fps, "missing": missing, "skip": rules.skip, **rules.options})
     plan = Plan.of(source, rules)
     with beside(dst) as part:
         store = Store.create(part, plan.schema, fps=plan.fps, units=plan.units, action_semantics=plan.semantics.text or None, attrs=plan.attrs,

@@ -4,7 +4,7 @@ An episode ends where terminals or timeouts are set; steps after the last such o
 not (metadata/…, attributes) is kept. Files that dipole wrote say which keys their observations are made of (own.py), which are keys again.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from policy.data.convert import h5
 from policy.data.convert.back import Origin, observed
 from policy.data.convert.own import NAME, Own, dump, load
+from policy.data.convert.rows import Rows
 from policy.data.convert.source import Episode, Source
 from policy.data.files import DataError
 from policy.data.store import Schema, Store
@@ -28,18 +29,20 @@ def detects(path: Path) -> bool:
         return isinstance(f.get("actions"), h5.h5py().Dataset) and "observations" in f
 
 
-def read(path: Path) -> Source:
+def read(path: Path, *, skip: Sequence[str] = ()) -> Source:
+    rows = Rows(skip)
     with h5.opened(path) as f:
         found, n = dict(h5.leaves(f)), len(f["actions"])
-        schema, more = h5.steps(found, n, str(path))
+        schema, more, rest = rows.add(f, found, n, str(path))
+        left = rows.settle([rest], lambda i, keys: {k: h5.whole(f[k]) for k in keys})
         last = {k: found[k][n] for k in more}
         flags = [k for k in FLAGS if k in schema]
         over = np.zeros(n, bool)
         for k in flags:
             over |= f[k][()].reshape(n).astype(bool)
-        keep = {**h5.rest(f, found, schema), "filters": {k: how for k in schema if (how := h5.filters(f[k]))}}
+        keep = {**rest, "filters": {k: how for k in schema if (how := h5.filters(f[k]))}}
     ends = np.flatnonzero(over) + 1
-    notes = [] if flags else [f"neither {' nor '.join(FLAGS)} tells the episodes apart, so all {n} steps are one"]
+    notes = left if flags else [*left, f"neither {' nor '.join(FLAGS)} tells the episodes apart, so all {n} steps are one"]
     if not len(ends) or ends[-1] != n:
         if flags:
             notes.append(f"the last {n - (ends[-1] if len(ends) else 0)} steps are not ended by {' or '.join(flags)} and are an episode too")
@@ -57,7 +60,7 @@ def read(path: Path) -> Source:
         notes.append(f"{SEEN} are no longer {' and '.join(k for k, _, _ in own.columns)} side by side, as they were written, and stay one key")
     apart = {**side, **{k: x for k, x in schema.items() if not side or k != SEEN}}
     return Source(path, "d4rl", apart, lambda: _stream(path, list(schema), ends, side), len(ends), fps=own.fps, units=own.units, action="actions",
-                  semantics=own.semantics, attrs=own.attrs(path.stem), obs=own.obs, names=own.keys, keep=keep, notes=notes)
+                  semantics=own.semantics, attrs=own.attrs(path.stem), obs=own.obs, beside=rows.beside, names=own.keys, keep=keep, notes=notes)
 
 
 def write(store: Store, path: Path) -> list[str]:

@@ -164,12 +164,14 @@ def differs(path: Any, rows: Mapping[str, Any], where: str, first_rows: Mapping[
     return DataError(f"{path}: {key!r} is {has} in {where} and {wants} in {first}. Every episode needs the same: repair that one, or remove it from the file")
 
 
-def steps(found: Mapping[str, Any], n: int, where: str, *, images: bool = False) -> tuple[Schema, list[str]]:
-    """Schema of the datasets with one row for each of n steps, and the observations among them that have a last one beside, after the last step.
+def steps(found: Mapping[str, Any], n: int, where: str, *, images: bool = False) -> tuple[Schema, list[str], dict[str, str]]:
+    """Schema of the datasets with one row for each of n steps, the observations among them that have a last one beside, after the last step, and
+    observations of another number {name: error}, which rows.py judges.
 
-    where: names the episode, for errors.   images: JPEG files in rows are images.   DataError: another number of observations; complex numbers.
+    where: names the episode, for errors.   images: JPEG files in rows are images.   DataError: complex numbers.
     """
     schema: Schema = {}
+    odd: dict[str, str] = {}
     for k, d in found.items():
         packed = images and jpeg(d)
         if d.dtype.kind == "c" and d.shape and d.shape[0] in (n, n + 1):
@@ -179,9 +181,10 @@ def steps(found: Mapping[str, Any], n: int, where: str, *, images: bool = False)
         if d.shape[0] == n or (OBSERVED.match(k) and d.shape[0] == n + 1):
             schema[k] = frame(d) if packed else (d.shape[1:], d.dtype)
         elif OBSERVED.match(k):
-            raise DataError(f"{where}: {k!r} has {d.shape[0]} rows for {n} steps, so which belongs to which action is open. An observation has one row a step, "
-                            "or a last one more. Repair it, or remove it from the file (del f[…] in h5py)")
-    return schema, [k for k in schema if len(found[k]) == n + 1]
+            odd[k] = (f"{where}: {k!r} has {d.shape[0]} rows for {n} steps, so which belongs to which action is open. An observation has one row a step, "
+                      "or a last one more. Repair it, or remove it from the file (del f[…] in h5py). If it has no rows, as a camera's matrix, keep it beside: "
+                      f"'skip=[{k}]' after dipole data convert, or skip: [{k}] in the mapping")
+    return schema, [k for k in schema if len(found[k]) == n + 1], odd
 
 
 def left_out(each: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -4,7 +4,7 @@ format: robomimic                        # which reader; found out when left out
 fps: 20                                  # Hz. With time stamps (clock) of another rate the episodes are resampled to it
 clock: states[0]                         # key[channel] with time stamps in s; `frames`: even steps at the rate the source tells
 keys: {obs/robot0_eef_pos: eef}          # source name: stored name; others keep their last part, see `stored_names`
-skip: [next_obs/*]                       # source names to leave out
+skip: [next_obs/*]                       # source names to leave out; of what has not one row a step, such as obs/intrinsics: to keep beside
 obs: [eef]                               # stored names a policy observes by default, or {name: {key: eef, take: [0, 1]}}
 action_from: actions                     # source name; or parts side by side: [right_dpos, {key: states, take: [1, 2], shift: 1}], where
                                          # shift: 1 is the value one step later (the last is repeated); none: there is no action

@@ -57,7 +57,7 @@ def read(path: Path) -> Source:
     own = load(said.get(NAME), notes)
     return Source(path, "minari", schema, lambda: _stream(folder / FILE, names, list(schema)), len(names), fps=own.fps, units=own.units, action=one,
                   action_from=None if one else acting or None, semantics=own.semantics, attrs=own.attrs(meta.get("dataset_id") or path.name), obs=own.obs,
-                  names=own.keys, notes=notes, keep=keep)
+                  beside=left, names=own.keys, notes=notes, keep=keep)
 
 
 def write(store: Store, path: Path) -> list[str]:

@@ -40,7 +40,7 @@ class Plan:
     @classmethod
     def of(cls, source: Source, rules: Rules) -> "Plan":
         parts, notes = _action(source, rules), list[str]()
-        names = kept(source.schema, rules.skip)
+        names = [k for k in kept([*source.schema, *source.beside], rules.skip) if k in source.schema]
         empty = {k: [list(s), np.dtype(d).str] for k, (s, d) in source.schema.items() if k in names and 0 in s}
         names = [k for k in names if k not in empty]
         if odd := [k for k in [*names, *(p.key for p in parts)] if np.dtype(source.schema[k][1]).kind not in "fiub"]:

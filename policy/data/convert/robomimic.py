@@ -6,7 +6,7 @@ robosuite's states are [time, qpos, qvel]; a policy observes all but the time. W
 """
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from policy.data.convert import h5
 from policy.data.convert.back import Origin
 from policy.data.convert.own import NAME, dump, load
+from policy.data.convert.rows import Rows
 from policy.data.convert.source import Episode, Source
 from policy.data.files import DataError
 from policy.data.semantics import Semantics
@@ -32,18 +33,19 @@ def detects(path: Path) -> bool:
         return "data" in f and isinstance(f["data"], h5.h5py().Group) and any(re.match(r"demo_?\d", name) for name in f["data"])
 
 
-def read(path: Path, *, mask: str | None = None) -> Source:
+def read(path: Path, *, mask: str | None = None, skip: Sequence[str] = ()) -> Source:
     """mask: name of a list of episodes below mask/, such as train; None reads all."""
     file = _file(path)
     notes: list[str] = []
     with h5.opened(file) as f:
         names = _named(f, mask)
-        schema, each = _episodes(f, names)
+        each, rows, said = _episodes(f, names, skip)
+        schema = rows.schemas[0]
         head = h5.attrs_of(f["data"])
         others = [top for top in sorted(f) if top != "data"]
         keep = {"attrs": {"/": h5.attrs_of(f), "data": head, **{top: h5.attrs_of(f[top]) for top in others}}, "filters": _filters(f["data"][names[0]], schema),
                 "arrays": {k: h5.whole(d) for top in others for k, d in _below(f, top)}, "episodes": each}
-        notes += h5.left_out(each)
+        notes += said + h5.left_out(each)
         own = load(head.get(NAME), notes)
         env = _json(head.get("env_args")) or _json(head.get("env_info"))
         clock = "states[0]" if "repository_version" in head and "states" in schema else None  # robosuite's own collector: [time, qpos, qvel]
@@ -52,7 +54,7 @@ def read(path: Path, *, mask: str | None = None) -> Source:
     semantics = _semantics(env, schema["actions"][0]) if action else _old(schema, parts) if parts else Semantics()
     bare = clock and not any(k.startswith("obs/") for k in schema)
     return Source(file, "robomimic", schema, lambda: _stream(file, names, list(schema)), len(names), fps=own.fps or fps, units=own.units, action=action,
-                  action_from=parts, semantics=own.semantics if own.said else semantics, clock=clock, keep=keep, notes=notes,
+                  action_from=parts, semantics=own.semantics if own.said else semantics, clock=clock, keep=keep, notes=notes, beside=rows.beside,
                   attrs={"task": own.task or str(head.get("env") or env.get("env_name") or file.stem)},
                   obs={"states": {"key": "states", "take": list(range(1, schema["states"][0][0]))}} if bare else own.obs)
 
@@ -104,22 +106,22 @@ def _named(f: Any, mask: str | None) -> list[str]:
     return [n for n in names if n in chosen]
 
 
-def _episodes(f: Any, names: list[str]) -> tuple[Schema, list[dict[str, Any]]]:
-    """The keys with one row a step, which every episode must have alike, and what else each episode says."""
-    schema: Schema = {}
-    each = []
+def _episodes(f: Any, names: list[str], skip: Sequence[str]) -> tuple[list[dict[str, Any]], Rows, list[str]]:
+    """What each episode says beside its rows; the keys with one row a step, which every episode must have alike; notes."""
+    rows, each = Rows(skip), []
     for name in names:
         demo = f["data"][name]
         found = dict(h5.leaves(demo))
         count = next((found[k].shape[0] for k in COUNTS if k in found), None)
         if count is None:
             raise DataError(f"{f.filename}: data/{name} has neither {' nor '.join(COUNTS)}, so its steps cannot be counted. Is it an episode?")
-        rows, more = h5.steps(found, count, f"{f.filename}: data/{name}")
-        schema = schema or rows
-        if rows != schema:
-            raise h5.differs(f.filename, rows, f"data/{name}", schema, f"data/{names[0]}")
-        each.append({"name": name, **({"final": {k: found[k][count] for k in more}} if more else {}), **h5.rest(demo, found, rows)})
-    return schema, each
+        _, more, rest = rows.add(demo, found, count, f"{f.filename}: data/{name}")
+        each.append({"name": name, **({"final": {k: found[k][count] for k in more}} if more else {}), **rest})
+    notes = rows.settle(each, lambda i, keys: {k: h5.whole(f["data"][names[i]][k]) for k in keys})
+    for name, schema in zip(names, rows.schemas, strict=True):
+        if schema != rows.schemas[0]:
+            raise h5.differs(f.filename, schema, f"data/{name}", rows.schemas[0], f"data/{names[0]}")
+    return each, rows, notes
 
 
 def _stream(file: Path, names: list[str], keys: list[str]) -> Iterator[Episode]:

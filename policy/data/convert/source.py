@@ -1,5 +1,5 @@
 """What every reader of a foreign format returns: facts at once, episodes one by one, so that a dataset larger than memory can be converted."""
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ class Source:
     fps [Hz], None where the format does not say.   count: number of episodes.   action: key of the actions, None where there are none.
     notes: what was left out and why, one sentence each.   keep: what a way back to the format needs and the arrays do not hold: JSON and numpy
     arrays; keep["episodes"], if there, is one entry for each episode, which follows it through trim, split and merge.
+    beside: names of arrays without one row a step, which are no keys but which skip may name.
     names {key: stored name}: of a format that says what its keys are to be called.
     What stays None is convert's default: action_from, see mapping.Rules; obs, the observations a policy gets when nobody says, {name: key}
     or {name: {key, take}} or [key]; clock, "key[channel]" with time stamps in s.
@@ -38,4 +39,5 @@ class Source:
     action_from: Sequence[Any] | None = None
     obs: Mapping[str, Any] | Sequence[str] | None = None
     clock: str | None = None
+    beside: Collection[str] = ()
     names: Mapping[str, str] = field(default_factory=dict)
