@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from envs.batch import BatchEnv
 from envs.simulator import Simulator
 from scripts import bench_evaluate, bench_rollout
-from tests.test_scripts import refused, run, shell  # noqa: F401  (fixtures)
+from tests.shell import refused
 
 
 def test_bare_physics_is_the_batchs():
@@ -77,7 +77,7 @@ def test_the_clock_of_the_physics_is_taken_off_again():
     assert len(seconds) == 1 and 0 < seconds[0] < 1 and Simulator.run is before
 
 
-def test_an_evaluation_is_taken_apart_and_its_scores_are_paired(shell, run):  # noqa: F811
+def test_an_evaluation_is_taken_apart_and_its_scores_are_paired(shell, run):
     folder = shell.folder / "run"
     trained, threads = (folder / "config.yaml").read_text(), torch.get_num_threads()
     try:
@@ -99,7 +99,7 @@ def test_an_evaluation_is_taken_apart_and_its_scores_are_paired(shell, run):  # 
 
 
 @pytest.mark.slow
-def test_a_closed_loop_stays_on_the_device(shell, run):  # noqa: F811
+def test_a_closed_loop_stays_on_the_device(shell, run):
     pytest.importorskip("mujoco_warp", reason="extra warp")
     cfg = OmegaConf.create({"run": str(shell.folder / "run"), "checkpoint": "policy"})
     found = bench_evaluate.on_device(cfg, OmegaConf.load(shell.folder / "run" / "config.yaml"), device="cpu", worlds=4, chunks=3)
@@ -107,7 +107,7 @@ def test_a_closed_loop_stays_on_the_device(shell, run):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_bench_rollout_prints_every_way_and_keeps_the_figures(shell, run):  # noqa: F811
+def test_bench_rollout_prints_every_way_and_keeps_the_figures(shell, run):
     pytest.importorskip("gym_pusht", reason="extra pymunk")
     done = shell("bench", "rollout", "copies=4", "blocks=1", "tasks=[maze]", "run=elsewhere")
     assert done.code == 0, done.err

@@ -12,7 +12,6 @@ from rich.progress import Progress
 from policy.data.store import Store
 from policy.data.windows import TrajectoryDataset
 from scripts import bench_codecs, bench_data, bench_images
-from tests.test_scripts import shell  # noqa: F401  (fixture)
 
 
 def test_single_samples_are_the_samplers_windows(tmp_path):
@@ -73,7 +72,7 @@ def test_the_largest_resident_size_is_the_processs():
 
 
 @pytest.mark.slow
-def test_bench_data_measures_a_real_training(shell):  # noqa: F811
+def test_bench_data_measures_a_real_training(shell):
     done = shell("bench", "data", "data.images=3e7", "data.memory=1.2e7", "data.resident=1.5e7", "data.seconds=1", "data.steps=60", "data.rounds=1",
                  "data.batch=16", "data.do=[lowdim,access,train]", "run=elsewhere")
     assert done.code == 0, done.err

@@ -13,8 +13,8 @@ from policy.svg import matrix
 from scripts import films
 from scripts.common import load_actions
 from scripts.compare import names
+from tests.shell import SHORT, metrics, refused
 from tests.test_report import Page
-from tests.test_scripts import SHORT, metrics, refused, run, shell  # noqa: F401  (fixtures)
 
 
 def evaluation(won: str, score: list[float | None] | None = None, first: int = 10) -> dict:
@@ -120,7 +120,7 @@ def test_a_grid_shows_every_film_until_the_longest_ends():
 
 
 # ---------------------------------------------------------------- as typed
-def test_eval_until_says_what_it_did(shell, run):  # noqa: F811
+def test_eval_until_says_what_it_did(shell, run):
     done = shell("eval", "run=run", "+env.max_steps=16", "until=0.2", "copies=5", "videos=0", "out=until")
     assert done.code == 0, done.err
     found = metrics(shell, "until")
@@ -129,7 +129,7 @@ def test_eval_until_says_what_it_did(shell, run):  # noqa: F811
     assert metrics(shell, "until")["episodes"] == 6 and "not yet ± 1.0%" in " ".join(done.out.split())
 
 
-def test_what_was_sent_can_be_played_again(shell, run):  # noqa: F811
+def test_what_was_sent_can_be_played_again(shell, run):
     """actions.npz holds what moved the worlds: the same rewards come of it in a fresh environment."""
     from envs.batch import BatchEnv
     from envs.gantry import Gantry
@@ -143,7 +143,7 @@ def test_what_was_sent_can_be_played_again(shell, run):  # noqa: F811
     envs.close()
 
 
-def test_a_delay_curve(shell, run):  # noqa: F811
+def test_a_delay_curve(shell, run):
     done = shell("eval", "delay", "run=run", "delays=[0,3]", "naive=true", "out=late", "control.execute=4", *SHORT)
     assert done.code == 0, done.err
     found = json.loads((shell.folder / "late" / "delay.json").read_text())
@@ -160,7 +160,7 @@ def test_a_delay_curve(shell, run):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_compare_uses_what_is_held_and_runs_what_is_missing(shell, run):  # noqa: F811
+def test_compare_uses_what_is_held_and_runs_what_is_missing(shell, run):
     assert shell("eval", "run=run", *SHORT).code == 0
     assert shell("eval", "run=run", "sampler=heun", *SHORT).code == 0
     evals = {p.name: p for p in (shell.folder / "run" / "eval").glob("*max_steps=16*") if "heun" in p.name or "sampler" not in p.name}
@@ -211,7 +211,7 @@ class Fallible(Gantry):
 
 
 @pytest.mark.slow
-def test_a_fault_names_its_seed_and_the_command_that_replays_it(shell, run):  # noqa: F811
+def test_a_fault_names_its_seed_and_the_command_that_replays_it(shell, run):
     (shell.folder / "fallible.py").write_text(FALLIBLE)
     done = shell("eval", "run=run", "env._target_=fallible.Fallible", "trust=[fallible]", "out=fault", *SHORT)
     assert done.code == 0, done.err
@@ -232,7 +232,7 @@ def test_a_fault_names_its_seed_and_the_command_that_replays_it(shell, run):  # 
 
 @pytest.mark.slow
 @pytest.mark.gl
-def test_chosen_seeds_are_filmed_and_differences_side_by_side(shell, run):  # noqa: F811
+def test_chosen_seeds_are_filmed_and_differences_side_by_side(shell, run):
     """A checkpoint that was hardly trained wins nowhere: the films of a comparison need an evaluation that says otherwise."""
     done = shell("eval", "run=run", "out=films", "+env.max_steps=3", "episodes=3", "video_seeds=[100002,100000]")
     assert done.code == 0, done.err

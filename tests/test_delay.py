@@ -10,7 +10,7 @@ from policy.train import checkpoint
 from scripts import bench_seams
 from scripts.common import load_actions
 from scripts.delay import adopt, gate
-from tests.test_scripts import SHORT, TINY, metrics, refused, run, shell  # noqa: F401  (fixtures)
+from tests.shell import SHORT, TINY, metrics, refused
 
 
 def evaluation(won: int, of: int, peak: float | None) -> dict:
@@ -40,7 +40,7 @@ def test_where_no_merge_keeps_success_it_stays_naive():
     assert lost["merge"] == "naive" and lost["passed"] == ["naive"]
 
 
-def test_merges_are_compared_on_the_same_seeds_and_the_best_is_kept(shell, run):  # noqa: F811
+def test_merges_are_compared_on_the_same_seeds_and_the_best_is_kept(shell, run):
     told = ["eval", "delay", "run=run", "delays=[0,3]", "merges=[guided,frozen@0.6,prefix]", "dims=[0,1,2]", "out=merged", "control.execute=4", "adopt=true"]
     done = shell(*told, *SHORT)
     assert done.code == 0, done.err
@@ -65,7 +65,7 @@ def test_merges_are_compared_on_the_same_seeds_and_the_best_is_kept(shell, run):
     refused(shell("eval", "run=run", "control.merge=prefix", "control.delay=2", *SHORT), "train.rtc=2")
 
 
-def test_training_time_chunking_from_the_command_line(shell, run):  # noqa: F811
+def test_training_time_chunking_from_the_command_line(shell, run):
     for said, rtc in (("true", 8), ("3", 3)):
         trained = shell("train", "recipe=gantry", "data.path=demos.zarr", f"run=told{said}", "train.steps=4", f"train.rtc={said}", *TINY)
         assert trained.code == 0, trained.err

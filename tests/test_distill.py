@@ -3,20 +3,20 @@ import pytest
 from omegaconf import OmegaConf
 
 from policy.train import checkpoint
-from tests.test_scripts import SHORT, facts, metrics, refused, run, shell  # noqa: F401  (fixtures)
+from tests.shell import SHORT, facts, metrics, refused
 
 FEW = ["train.batch=8", "train.warmup=1", "log.wandb=disabled", "train.precision=fp32"]
 
 
 @pytest.fixture(scope="module")
-def teacher(shell, run):  # noqa: F811
+def teacher(shell, run):
     done = shell("train", "recipe=gantry", "formalism=flow", "data.path=demos.zarr", "run=teacher", "train.steps=4", "net.widths=[8,16]", "net.groups=4",
                  "net.time_dim=16", "control.execute=4", *FEW)
     assert done.code == 0, done.err
     return "teacher"
 
 
-def test_a_student_is_an_ordinary_run_that_plans_in_one_call(shell, teacher):  # noqa: F811
+def test_a_student_is_an_ordinary_run_that_plans_in_one_call(shell, teacher):
     done = shell("distill", "run=teacher", "out=student", "train.steps=3", *FEW)
     assert done.code == 0 and "trained 3 steps" in done.out, done.err
     planner, about = checkpoint.load(shell.folder / "student")
@@ -30,13 +30,13 @@ def test_a_student_is_an_ordinary_run_that_plans_in_one_call(shell, teacher):  #
     refused(shell("eval", "run=student", "sampler=heun", "sampler.steps=3", "out=three", *SHORT), "only sampler=consistency plans with it")
 
 
-def test_the_demos_own_policy_can_be_a_teacher(shell, run):  # noqa: F811
+def test_the_demos_own_policy_can_be_a_teacher(shell, run):
     """recipe=gantry predicts x0."""
     assert shell("distill", "run=run", "out=quick", "train.steps=2", *FEW).code == 0
     assert checkpoint.load(shell.folder / "quick")[0].calls == 1
 
 
-def test_a_resumed_student_still_has_its_teacher(shell, teacher):  # noqa: F811
+def test_a_resumed_student_still_has_its_teacher(shell, teacher):
     assert shell("distill", "run=teacher", "out=more", "train.steps=2", *FEW).code == 0
     assert shell("train", "run=more", "resume=true", "train.steps=5").code == 0 and facts(shell, "more")["step"] == 5
     (shell.folder / "teacher").rename(shell.folder / "away")
@@ -67,7 +67,7 @@ def test_a_resumed_student_still_has_its_teacher(shell, teacher):  # noqa: F811
     (["train", "data.path=demos.zarr", "formalism=ddpm", "sampler.steps=200", "run=x"], "at most 100"),
     (["train", "data.path=demos.zarr", "formalism=flow", "sampler=diffusers", "run=x"], "integrates"),
 ])
-def test_what_cannot_be_distilled_is_refused(shell, teacher, words, says):  # noqa: F811
+def test_what_cannot_be_distilled_is_refused(shell, teacher, words, says):
     if "run=eps" in words and not (shell.folder / "eps").exists():
         assert shell("train", "formalism=ddpm", "data.path=demos.zarr", "run=eps", "train.steps=1", "net.widths=[8,16]", "net.groups=4", "net.time_dim=16",
                      *FEW).code == 0
@@ -79,7 +79,7 @@ def test_what_cannot_be_distilled_is_refused(shell, teacher, words, says):  # no
     assert not (shell.folder / "x").exists()
 
 
-def test_a_sampler_that_is_named_is_that_sampler_whole(shell, run):  # noqa: F811
+def test_a_sampler_that_is_named_is_that_sampler_whole(shell, run):
     """formalism=edm says sampler.spacing=karras of its own sampler; hydra would let that win over conf/sampler/langevin.yaml."""
     trained = shell("train", "recipe=gantry", "formalism=edm", "sampler=langevin", "data.path=demos.zarr", "run=named", "train.steps=1", "net=mlp",
                     "net.width=8", *FEW)

@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from scripts import bench_family, bench_modes, family_page, suite
+from tests.shell import SHORT
 from tests.test_conf import composed
-from tests.test_scripts import SHORT, run, shell  # noqa: F401  (fixtures)
 from tests.test_suite import Verbs, settings
 
 ROWS = {"a": {"train": ["formalism=ddpm"], "cpu_s": 10}, "b": {"of": "a", "eval": ["sampler=ddim"], "cpu_s": 10},
@@ -86,7 +86,7 @@ def test_differences_are_paired_with_the_first_row(tmp_path):
     assert "flow" in (tmp_path / "family.html").read_text() and family_page.headline(rows).startswith("2 of 2 rows done; best flow")
 
 
-def test_latency_takes_the_sampler_of_the_evaluation(shell, run):  # noqa: F811
+def test_latency_takes_the_sampler_of_the_evaluation(shell, run):
     for name, words in (("slow", ["sampler.steps=40"]), ("quick", ["sampler=consistency"])):
         assert shell("eval", f"run={shell.folder}/run", f"out={shell.folder}/fam/{name}/seed0/eval/suite", *words, *SHORT).code == 0
     cells = [{"seed": 0, "status": "done"}]

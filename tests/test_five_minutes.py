@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from policy.data import Store
-from tests.test_scripts import Shell
+from tests.shell import Shell
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -6,8 +6,8 @@ from envs.batch import BatchEnv
 from policy.control import Controller
 from policy.lanes import evaluate_in_lanes
 from policy.rollout import evaluate
+from tests.shell import SHORT, metrics, refused
 from tests.test_rollout import TASK, Deaf, Expert
-from tests.test_scripts import SHORT, metrics, refused, run, shell  # noqa: F401  (fixtures)
 
 
 def lanes(n: int, copies: int):
@@ -40,7 +40,7 @@ def test_seeds_that_start_alike_in_different_lanes_are_refused(n, copies):
         evaluate_in_lanes(made, n, 51)
 
 
-def test_eval_in_lanes_and_in_bf16(shell, run):  # noqa: F811
+def test_eval_in_lanes_and_in_bf16(shell, run):
     found = {}
     for name, more in {"plain": [], "lanes": ["lanes=2"], "bf16": ["lanes=2", "precision=bf16"]}.items():
         done = shell("eval", "run=run", f"out={name}", *SHORT, *more)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from scripts.likelihood import over_episodes, spread
-from tests.test_scripts import TINY, refused, run, shell  # noqa: F401
+from tests.shell import TINY, refused
 
 FEW = ["likelihood.windows=6", "likelihood.scored=4", "likelihood.steps=4", "likelihood.draws=4", "likelihood.noise=[0.1,0.5]"]
 
 
-def test_it_leaves_numbers_and_a_page(shell, run):  # noqa: F811
+def test_it_leaves_numbers_and_a_page(shell, run):
     done = shell("eval", "likelihood", "run=run", "out=nats", *FEW)
     assert done.code == 0, done.err
     found = json.loads((shell.folder / "nats" / "likelihood.json").read_text())
@@ -29,7 +29,7 @@ def test_it_leaves_numbers_and_a_page(shell, run):  # noqa: F811
     assert last[0].startswith("Gantry: -log p in nats/dim ") and last[1] == "report: nats/report.html"
 
 
-def test_what_has_no_likelihood_says_why(shell, run):  # noqa: F811
+def test_what_has_no_likelihood_says_why(shell, run):
     trained = shell("train", "recipe=gantry", "formalism=regression", "data.path=demos.zarr", "run=mean", "train.steps=1", *TINY)
     assert trained.code == 0, trained.err
     refused(shell("eval", "likelihood", "run=mean", *FEW), "no likelihood", "formalism")

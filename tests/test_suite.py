@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from policy.data.store import Store
 from scripts import suite, suite_page
+from tests.shell import ENV
 from tests.test_conf import composed
-from tests.test_scripts import ENV
 
 ROOT = Path(__file__).parent.parent
 ROWS = {"one": {"collect": ["env=gantry"], "train": ["recipe=gantry"], "cpu_s": 100}, "two": {"collect": ["env=maze"], "train": ["recipe=maze"], "cpu_s": 50}}

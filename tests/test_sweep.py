@@ -11,16 +11,16 @@ from scipy.stats import t as student_t
 from policy.stats import wilson
 from scripts import sweep
 from scripts.cli import words_to_overrides
-from tests.test_scripts import SHORT, TINY, metrics, refused, run, shell  # noqa: F401  (fixtures)
+from tests.shell import SHORT, TINY, metrics, refused
 
 ROLL = ["+env.max_steps=16", "rollout.episodes=3", "rollout.videos=0", "train.eval=2", "train.steps=2"]
 
 
-def result(shell, folder: str) -> dict:  # noqa: F811
+def result(shell, folder: str) -> dict:
     return json.loads((shell.folder / folder / "sweep.json").read_text())
 
 
-def test_a_failed_job_is_listed_and_loses_no_other_and_resume_does_what_is_missing(shell, run):  # noqa: F811
+def test_a_failed_job_is_listed_and_loses_no_other_and_resume_does_what_is_missing(shell, run):
     typed = ["train", "-m", "train.seed=0,1", "data.path=late.zarr,demos.zarr", "run=sw", *ROLL, *TINY]
     done = shell(*typed)
     assert done.code == 1 and "Traceback" not in done.out + done.err
@@ -46,7 +46,7 @@ def test_a_failed_job_is_listed_and_loses_no_other_and_resume_does_what_is_missi
     assert {p.name for p in (shell.folder / "sw").iterdir()} == {"0", "1", "2", "3", "jobs", "multirun.yaml", "sweep.json", "sweep.txt"}
 
 
-def test_a_job_cut_short_goes_on_from_its_checkpoint(shell, run):  # noqa: F811
+def test_a_job_cut_short_goes_on_from_its_checkpoint(shell, run):
     typed = ["train", "-m", "train.seed=0,1", "data.path=demos.zarr", "run=cut", "train.steps=4", "train.save=2", *TINY]
     assert shell(*typed).code == 0
     whole = (shell.folder / "cut/1/checkpoints/policy.safetensors").read_bytes()
@@ -67,7 +67,7 @@ def test_a_dead_job_is_told(tmp_path, monkeypatch, capsys):
     assert sweep.finish(tmp_path / "nothing") == 0  # a refused command line has made no jobs
 
 
-def test_eval_over_samplers_keeps_each_result(shell, run):  # noqa: F811
+def test_eval_over_samplers_keeps_each_result(shell, run):
     done = shell("eval", "-m", "run=run", "sampler=ddim,heun", *SHORT)
     assert done.code == 0, done.err
     folders = [Path(line.split()[-1]) for line in done.out.splitlines() if line.startswith("report: ")]
@@ -81,7 +81,7 @@ def test_eval_over_samplers_keeps_each_result(shell, run):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher, package", [("joblib", "hydra_joblib_launcher"), ("local", "hydra_submitit_launcher")])
-def test_jobs_run_at_once_in_processes_of_their_own(shell, run, launcher, package):  # noqa: F811
+def test_jobs_run_at_once_in_processes_of_their_own(shell, run, launcher, package):
     pytest.importorskip(f"hydra_plugins.{package}", reason="extras sweep, slurm")
     done = shell("train", "-m", "train.seed=0,1", "data.path=absent.zarr,demos.zarr", f"hydra.launcher={launcher}", f"run=by_{launcher}", *ROLL, *TINY)
     assert done.code == 1, done.out + done.err
@@ -95,7 +95,7 @@ def test_jobs_run_at_once_in_processes_of_their_own(shell, run, launcher, packag
     assert done.code == 0 and [j["status"] for j in result(shell, f"eval_{launcher}")["jobs"]] == ["done", "done"], done.out + done.err
 
 
-def test_a_launcher_that_is_missing_or_has_no_cluster_is_explained(shell, run):  # noqa: F811
+def test_a_launcher_that_is_missing_or_has_no_cluster_is_explained(shell, run):
     pytest.importorskip("hydra_plugins", reason="extras sweep, slurm")
     if not importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
         refused(shell("train", "-m", "train.seed=0,1", "hydra.launcher=ray"), "pip install 'dipole[ray]'")

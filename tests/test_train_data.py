@@ -10,7 +10,7 @@ import yaml
 from policy.data import Store
 from policy.train import checkpoint
 from tests.data.object_server import ObjectServer
-from tests.test_scripts import Shell, facts, refused
+from tests.shell import Shell, facts, refused
 
 SMALL = ["recipe=own", "net=mlp", "net.width=16", "train.batch=8", "train.warmup=1", "train.precision=fp32", "log.wandb=disabled", "data.val_ratio=0.2",
          "horizon=4"]

@@ -9,21 +9,21 @@ from policy.data import Store
 from policy.data.relative import RelativeToChunk
 from policy.data.transform import Binarise, Chain, Rotation
 from policy.train import checkpoint
+from tests.shell import SHORT, TINY, facts, refused
 from tests.test_distill import FEW
-from tests.test_scripts import SHORT, TINY, facts, refused, run, shell  # noqa: F401  (fixtures)
 
 NET = ["net.widths=[8,16]", "net.groups=4", "net.time_dim=16"]
 
 
 @pytest.fixture(scope="module")
-def relative(shell, run):  # noqa: F811
+def relative(shell, run):
     done = shell("train", "recipe=gantry", "formalism=flow", "transform=[relative,gripper]", "per_step=true", "data.path=demos.zarr", "run=relative",
                  "train.steps=4", *NET, *FEW)
     assert done.code == 0, done.err
     return done
 
 
-def test_arguments_come_from_the_dataset_and_stay_with_the_run(shell, relative):  # noqa: F811
+def test_arguments_come_from_the_dataset_and_stay_with_the_run(shell, relative):
     """conf/data/gantry.yaml says what the actions are about; low and high are those of the data."""
     planner, about = checkpoint.load(shell.folder / "relative")
     fingers = Store.open(shell.folder / "demos.zarr").read("action")[:, 3]
@@ -35,7 +35,7 @@ def test_arguments_come_from_the_dataset_and_stay_with_the_run(shell, relative):
     assert saved.transform.relative.state == "hand" and saved.transform.gripper.threshold == second.threshold
 
 
-def test_it_is_rolled_out_resumed_taught_and_judged(shell, relative):  # noqa: F811
+def test_it_is_rolled_out_resumed_taught_and_judged(shell, relative):
     assert shell("eval", "run=relative", "out=there", *SHORT).code == 0
     done = shell("eval", "likelihood", "run=relative", "out=nats", "likelihood.windows=4", "likelihood.scored=4", "likelihood.steps=4", "likelihood.draws=2",
                  "likelihood.noise=[0.1]")
@@ -52,7 +52,7 @@ def test_it_is_rolled_out_resumed_taught_and_judged(shell, relative):  # noqa: F
     assert "transform" not in facts(shell, "run")["planner"]  # a run without one is as it was
 
 
-def test_a_dataset_that_says_of_itself_what_its_poses_are(shell):  # noqa: F811
+def test_a_dataset_that_says_of_itself_what_its_poses_are(shell):
     """The attribute action, as converted datasets have it: poses in axis-angle, a gripper, and where the hand is in a wider state."""
     rng, action = np.random.default_rng(0), {"kind": "absolute", "space": "ee", "of": "state", "of_take": [2, 3, 4, 5, 6, 7], "rotation": "axis_angle",
                                              "parts": {"position": [0, 1, 2], "rotation": [3, 4, 5], "gripper": [6]}}
@@ -74,7 +74,7 @@ def test_a_dataset_that_says_of_itself_what_its_poses_are(shell):  # noqa: F811
     refused(shell(*words, "transform=delta", "transform.delta.frame=up", "run=x"), "frame='up' is unknown; use one of mixed, tool, base")
 
 
-def test_a_dataset_that_says_nothing_is_asked_for_the_line_to_add(shell, run):  # noqa: F811
+def test_a_dataset_that_says_nothing_is_asked_for_the_line_to_add(shell, run):
     store = Store.create(shell.folder / "silent.zarr", {"q": ((2,), "float32"), "action": ((2,), "float32")}, fps=10)
     store.extend([{"q": np.random.rand(20, 2), "action": np.random.rand(20, 2)}] * 2)
     words = ["train", "recipe=own", "data.path=silent.zarr", "run=silent", *TINY, "train.steps=1"]

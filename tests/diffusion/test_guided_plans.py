@@ -20,7 +20,7 @@ from policy.train import checkpoint
 from policy.types import Cond
 from tests.diffusion.exact import gaussian
 from tests.helpers import CONFIG, make_data, make_planner, make_store
-from tests.test_scripts import SHORT, refused, run, shell  # noqa: F401  (fixtures)
+from tests.shell import SHORT, refused
 
 CONF = Path(__file__).parents[2] / "conf"
 DRAWN = {"ddim": first_order, "ddpm": functools.partial(first_order, eta=1.0)}
@@ -251,7 +251,7 @@ def wrong(actions, obs):
 
 
 @pytest.mark.slow
-def test_a_value_of_ones_own_guides_an_evaluation(shell, run):  # noqa: F811
+def test_a_value_of_ones_own_guides_an_evaluation(shell, run):
     (shell.folder / "my_values.py").write_text(MINE)
     mine = ["eval", "run=run", "guide=tilt", "guide.tilt.value._target_=my_values.low", "guide.tilt.scale=1e4", *SHORT]
     done = shell(*mine, "trust=[my_values]", "out=mine")

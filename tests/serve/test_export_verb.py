@@ -8,14 +8,14 @@ import pytest
 from policy.serve.artifact import load
 from policy.serve.measure import PARITY
 from scripts.export import replaced
-from tests.test_scripts import refused, run, shell  # noqa: F401  (fixtures)
+from tests.shell import refused
 
 pytest.importorskip("onnxscript", reason="pip install 'dipole[export]'")
 pytest.importorskip("onnxruntime", reason="pip install 'dipole[onnx]'")
 pytestmark = pytest.mark.slow
 
 
-def test_export_compares_times_and_replaces(shell, run):  # noqa: F811
+def test_export_compares_times_and_replaces(shell, run):
     done = shell("export", "run=run", "format=onnx", "observations=5", "rounds=1", "sampler=heun", "sampler.steps=2", "out=robot")
     assert done.code == 0, done.err
     folder = shell.folder / "robot"
@@ -49,7 +49,7 @@ def test_killed_between_its_two_renames_it_gives_back_what_was_there(tmp_path):
     assert (out / "card.json").exists() and not old.exists()
 
 
-def test_bf16_has_to_be_asked_for_by_how_much_it_may_differ(shell, run):  # noqa: F811
+def test_bf16_has_to_be_asked_for_by_how_much_it_may_differ(shell, run):
     words = ("export", "run=run", "format=torch", "precision=bf16", "observations=3", "rounds=1")
     done = shell(*words)
     refused(done, "precision=bf16: actions differ from the planner's by up to", "more than 1e-04", "precision=fp32")
@@ -64,7 +64,7 @@ def test_bf16_has_to_be_asked_for_by_how_much_it_may_differ(shell, run):  # noqa
     assert ("bf16 is no quicker than fp32" in done.out) == (not quicker)
 
 
-def test_what_the_run_advises_is_exported_or_refused(shell, run):  # noqa: F811
+def test_what_the_run_advises_is_exported_or_refused(shell, run):
     short = ("export", "run=run", "format=onnx", "observations=3", "rounds=1", "sampler.steps=4")
     refused(shell(*short, "control.merge=prefix"), "control.merge=prefix", "not trained for it", "control.merge=frozen or identity")
     done = shell(*short, "control.merge=guided", "control.warm=0.8", "out=guided")
@@ -76,7 +76,7 @@ def test_what_the_run_advises_is_exported_or_refused(shell, run):  # noqa: F811
     assert card["joints"] == ["x", "y", "z", "fingers"] and card["joint_units"] == ["m"] * 4 and card["version"] == 2
 
 
-def test_what_cannot_be_is_told_and_what_was_there_stays(shell, run):  # noqa: F811
+def test_what_cannot_be_is_told_and_what_was_there_stays(shell, run):
     (shell.folder / "mine").mkdir()
     (shell.folder / "mine" / "thesis.tex").write_text("x")
     refused(shell("export", "run=run", "out=mine", "format=torch", "observations=1", "rounds=1"), "holds something that is no export")
@@ -88,7 +88,7 @@ def test_what_cannot_be_is_told_and_what_was_there_stays(shell, run):  # noqa: F
     assert (shell.folder / "mine" / "thesis.tex").read_text() == "x"
 
 
-def test_the_bench_names_every_way_to_plan(shell):  # noqa: F811
+def test_the_bench_names_every_way_to_plan(shell):
     done = shell("bench", "deploy", "run=.", "deploy.widths=[8,16]", "deploy.steps=4", "rounds=1")
     assert done.code == 0, done.err
     rows = json.loads((shell.folder / "bench" / "deploy.json").read_text())["rows"]

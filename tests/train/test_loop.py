@@ -74,7 +74,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path, kills):
     """SIGKILL while saving as often as possible; the last checkpoint always opens."""
     script = textwrap.dedent("""
         import sys, torch; from pathlib import Path
@@ -84,7 +85,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
         t = trainer(Path(sys.argv[2]), Store.open(sys.argv[3]), steps=100000, save=1, log=100000); print("ready", flush=True); run(t)""")
     make_store(tmp_path / "d.zarr")
     root = str(Path(__file__).parents[2])
-    for i in range(4):
+    for i in range(kills):
         p = subprocess.Popen([sys.executable, "-c", script, root, str(tmp_path / "r"), str(tmp_path / "d.zarr")], stdout=subprocess.PIPE)
         assert p.stdout is not None
         p.stdout.readline()
