@@ -2,6 +2,7 @@
 
 Only h5py's own numbers and text are read. Its opaque and reference types are refused, so nothing of a file is ever run.
 """
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,6 +120,15 @@ def attrs_of(item: Any) -> dict[str, Any]:
         else:
             out[name] = value
     return out
+
+
+def said(text: Any) -> dict[str, Any]:
+    """What JSON in an attribute or a file beside holds, {} for anything that is no such object."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def set_attrs(item: Any, attrs: Mapping[str, Any]) -> None:

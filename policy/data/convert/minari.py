@@ -91,15 +91,7 @@ def _folder(path: Path) -> Path | None:
 
 
 def _json_of(file: Path) -> dict[str, Any]:
-    return _json(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else {}
-
-
-def _json(text: Any) -> dict[str, Any]:
-    try:
-        found = json.loads(text) if isinstance(text, str) else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    return h5.said(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else {}
 
 
 def _episodes(f: Any, names: list[str]) -> tuple[Schema, list[str], list[dict[str, Any]]]:

@@ -47,7 +47,7 @@ def read(path: Path, *, mask: str | None = None, skip: Sequence[str] = ()) -> So
                 "arrays": {k: h5.whole(d) for top in others for k, d in _below(f, top)}, "episodes": each}
         notes += said + h5.left_out(each)
         own = load(head.get(NAME), notes)
-        env = _json(head.get("env_args")) or _json(head.get("env_info"))
+        env = h5.said(head.get("env_args")) or h5.said(head.get("env_info"))
         clock = "states[0]" if "repository_version" in head and "states" in schema else None  # robosuite's own collector: [time, qpos, qvel]
         fps = _rate(env, f["data"][names[0]]["states"][:, 0] if clock else None)
     action, parts = ("actions", None) if "actions" in schema else (None, [p for p in PARTS if p in schema] or None)
@@ -148,14 +148,6 @@ def _remaining(mask: Any, names: list[str]) -> Any:
     if isinstance(mask, np.ndarray) and mask.dtype.kind == "S":
         return mask[[n.decode() in names for n in mask.tolist()]]
     return {**mask, "__text__": [n for n in mask["__text__"] if n in names]} if isinstance(mask, dict) and "__text__" in mask else mask
-
-
-def _json(text: Any) -> dict[str, Any]:
-    try:
-        found = json.loads(text) if isinstance(text, str) else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _rate(env: Mapping[str, Any], times: np.ndarray | None) -> float | None:
