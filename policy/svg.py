@@ -89,6 +89,8 @@ class Frame:
             multiples = (1,) if self.y1 - self.y0 > 2 else (1, 2, 5)
             every = [m * 10.0**e for e in range(math.floor(self.y0), math.ceil(self.y1) + 1) for m in multiples]
             values = [v for v in every if self.y0 - 1e-9 <= math.log10(v) <= self.y1 + 1e-9]
+            if len(values) < 3:  # less than a decade
+                values = [v for v in ticks(10**self.y0, 10**self.y1, 5) if v > 0]
         else:
             values = ticks(self.y0, self.y1, 5)
         return "".join(f'<line class="grid" x1="{LEFT}" x2="{self.w - RIGHT}" y1="{self.y(v):.1f}" y2="{self.y(v):.1f}"/>'

@@ -8,7 +8,7 @@ import pytest
 
 from policy.page import with_cost
 from policy.report import write_report
-from policy.svg import curve, number, ticks
+from policy.svg import Frame, curve, number, ticks
 
 VOID = {"meta", "br", "img", "input", "link"}
 
@@ -226,3 +226,11 @@ def test_a_long_run_becomes_few_points_with_the_same_mean_range_and_ends():
 def test_a_short_run_keeps_every_point():
     s = curve([(1, 2.0), (5, 1.0), (9, 4.0)])
     assert (s.x, s.y) == ([1, 5, 9], [2.0, 1.0, 4.0])
+
+
+@pytest.mark.parametrize("low, high", [(0.31, 0.62), (0.9, 1.1), (0.02, 0.09), (1e-4, 3.0)])
+def test_a_logarithmic_axis_has_labels_enough_to_read_its_ends(low, high):
+    """Also where less than a decade is shown, as the loss of a short training."""
+    frame = Frame(0, 1, math.log10(low), math.log10(high), log=True)
+    labels = [float(v.replace("k", "e3")) for v in re.findall(r'text-anchor="end">([^<]+)<', frame.y_axis())]
+    assert len(labels) >= 3 and all(low * (1 - 1e-6) <= v <= high * (1 + 1e-6) for v in labels), labels
