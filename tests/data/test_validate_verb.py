@@ -8,7 +8,8 @@ import pytest
 from faults import FAULTS
 from recordings import clean
 
-from policy.data import Store
+from policy.data import DataError, Store
+from policy.data.validate import check
 from scripts.data_validate import told
 
 
@@ -52,6 +53,20 @@ def test_other_formats_strictness_and_the_view(faulty, tmp_path):
 
 
 def test_nothing_but_totals_is_said_of_clean_data(tmp_path):
-    from policy.data.validate import check
     said = told(check(clean(6)))
     assert said[-1] == "0 errors, 0 warnings, 0 notes" and len(said) == 4
+
+
+def test_a_misspelt_action_key_fails_ci(faulty, tmp_path):
+    """None of the default name is a warning; any other name that is not there would leave out every check of actions."""
+    done = typed("validate", "path=mine.zarr", "action=nope", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: action=nope is no key of the dataset; use one of "), done.stdout + done.stderr
+    assert "joints" in done.stderr and "action" in done.stderr
+    data = clean(6)
+    data.arrays["task"] = np.full(len(data.arrays["action"]), "door")
+    with pytest.raises(DataError, match="action=task is text, no numbers; use one of joints, pose"):
+        check(data, action="task")
+    data.arrays["actions"] = data.arrays.pop("action")
+    assert check(data).findings == [], "called actions, it is found"
+    del data.arrays["actions"]
+    assert {f.code for f in check(data).findings} == {"no_action"}

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.data.checks.finding import Place
+from policy.data.files import DataError
 from policy.data.semantics import Semantics
 
 BLOCK, OVERLAP, SAMPLE = 2**25, 4, 2**17  # bytes; frames; frames
@@ -88,7 +89,8 @@ class Scales:
 class Data:
     """One dataset and how it is going to be trained on.
 
-    action: key of the actions, '' where there is none.   horizon [steps], val_ratio and seed: as `dipole train` has them.
+    action: key of the actions, '' where there is none (a DataError where it was said, and is no default).
+    horizon [steps], val_ratio and seed: as `dipole train` has them.
     image_bytes: of each image key, decoded; keep: of the others, held.
     fps: of a dataset that does not say.   called: what commands call it, when it is a copy.   observed: keys that a policy sees, unless told otherwise.
     chunks {key: frames that are decoded together}.   looked {image key: share of its frames that was looked at}.
@@ -100,7 +102,7 @@ class Data:
         self.store, self.horizon, self.val_ratio, self.seed, self.image_bytes = store, horizon, val_ratio, seed, image_bytes
         self.chunks, self.looked = dict(chunks or {}), {}  # type: dict[str, int], dict[str, float]
         self.path, self.schema, attrs = called or store.path, dict(store.schema), store.attrs
-        self.action = next((key for key in (action, "actions") if key in self.schema and self.schema[key][1].kind in "biuf"), "")
+        self.action = actions_of(self.schema, action)
         self.ends = np.asarray(store.episode_ends, np.int64)
         self.lengths = np.diff(self.ends, prepend=0)
         self.starts = self.ends - self.lengths
@@ -196,6 +198,17 @@ class Data:
     @cached_property
     def _borders(self) -> set[int]:
         return set(self.starts.tolist())
+
+
+def actions_of(schema: Mapping[str, tuple[tuple[int, ...], np.dtype]], said: str) -> str:
+    """The key of the actions: as said; `actions`, or '' for none, where nothing but the default is said. DataError when it is not there."""
+    numeric = [key for key, (_, dtype) in schema.items() if dtype.kind in "biuf"]
+    if said in numeric:
+        return said
+    if said != "action":
+        what = "is text, no numbers" if said in schema else "is no key of the dataset"
+        raise DataError(f"action={said} {what}; use one of {', '.join(numeric)}")
+    return "actions" if "actions" in numeric else ""
 
 
 def least_range(lo: NDArray[Any], hi: NDArray[Any]) -> NDArray[Any]:
