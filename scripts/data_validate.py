@@ -1,5 +1,6 @@
 """What is wrong with a dataset, before training finds out: dipole data validate path=demos/gantry.zarr."""
 import json
+import math
 import tempfile
 import time
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from policy.data.validate import Report, validate
 from policy.data.validate_page import write_page
 from policy.page import counted, save_json
 from policy.train.log import bar, console
-from scripts.settings import plain
+from scripts.settings import number, plain, truth, whole
 from scripts.verb import verb
 
 PATIENCE = 2.0  # seconds after which a bar shows
@@ -24,6 +25,7 @@ PATIENCE = 2.0  # seconds after which a bar shows
 @verb("data_validate")
 def start(cfg: DictConfig) -> None:
     d = plain(cfg)
+    possible(d)
     path, out, strict = where(d.pop("path")), d.pop("out"), d.pop("strict")
     with ExitStack() as stack:
         store = opened(path, d.pop("format"), d.pop("mapping"), d["fps"], stack, d["missing"])
@@ -35,6 +37,22 @@ def start(cfg: DictConfig) -> None:
         save_json(folder / "findings.json", json.loads(json.dumps(report.to_json(), default=float)))
     console.print("\n".join([*told(report), f"report: {page}"]), highlight=False, soft_wrap=True, markup=False)
     raise SystemExit(report.exit_code(strict=strict))
+
+
+def possible(d: dict[str, Any]) -> None:
+    """ValueError names the setting that cannot be."""
+    truth(strict=d["strict"])
+    whole(1, horizon=d["horizon"])
+    whole(0, seed=d["seed"])
+    number(0, val_ratio=d["val_ratio"], **{} if d["images"] == math.inf else {"images": d["images"]})
+    if d["val_ratio"] >= 1:
+        raise ValueError(f"val_ratio={d['val_ratio']} is a share of the episodes: from 0, below 1")
+    if d["fps"] is not None:
+        number(0, fps=d["fps"])
+        if not d["fps"]:
+            raise ValueError("fps=0 is no rate; say it in Hz, or leave it out")
+    if not isinstance(d["skip"], list):
+        raise ValueError(f"skip={d['skip']} must be a list: skip=[{d['skip']}]")
 
 
 def opened(path: Path, format: str | None, mapping: str | None, fps: float | None, stack: ExitStack, missing: str = "error") -> Path:

@@ -2,15 +2,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from faults import FAULTS
+from omegaconf import OmegaConf
 from recordings import clean
 
 from policy.data import DataError, Store
 from policy.data.validate import check
-from scripts.data_validate import told
+from scripts.data_validate import possible, told
+from scripts.settings import plain
 
 
 def typed(*words: str, cwd) -> subprocess.CompletedProcess:
@@ -55,6 +58,26 @@ def test_other_formats_strictness_and_the_view(faulty, tmp_path):
 def test_nothing_but_totals_is_said_of_clean_data(tmp_path):
     said = told(check(clean(6)))
     assert said[-1] == "0 errors, 0 warnings, 0 notes" and len(said) == 4
+
+
+def settings(*typed: str) -> dict:
+    conf = OmegaConf.load(Path(__file__).parents[2] / "conf" / "data_validate.yaml")
+    return plain(OmegaConf.merge(conf, OmegaConf.from_dotlist(list(typed))))
+
+
+@pytest.mark.parametrize("typed, said", [
+    ("horizon=abc", "horizon='abc' must be a whole number from 1"), ("horizon=0", "horizon=0 must be"), ("horizon=-4", "horizon=-4 must be"),
+    ("seed=x", "seed='x' must be a whole number from 0"), ("images=abc", "images='abc' must be a number"), ("images=-1", "images=-1 must be"),
+    ("val_ratio=abc", "val_ratio='abc' must be a number"), ("val_ratio=1", "below 1"), ("fps=-3", "fps=-3 must be"), ("fps=0", "fps=0 is no rate"),
+    ("strict=maybe", "strict=maybe must be true or false"), ("skip=foo", r"skip=foo must be a list: skip=\[foo\]")])
+def test_settings_that_cannot_be_are_refused(typed, said):
+    with pytest.raises(ValueError, match=said):
+        possible(settings("path=a.zarr", typed))
+
+
+def test_settings_that_can_be():
+    possible(settings("path=a.zarr"))
+    possible(settings("path=a.zarr", "horizon=1", "seed=0", "images=.inf", "val_ratio=0", "fps=59.94", "strict=true", "skip=[idle,clipped]"))
 
 
 def test_a_misspelt_action_key_fails_ci(faulty, tmp_path):
