@@ -1,5 +1,6 @@
 """What the numbers of an action mean, kept with the data (attribute `action` of a store) and looked at by validation, transforms and exports."""
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,6 +40,29 @@ class Semantics:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def misfit(self, schema: Mapping[str, tuple[Sequence[int], Any]]) -> str:
+        """Why this cannot be true of `action` in a store of schema {key: (shape of one frame, dtype)}; '' where it can, or where there is no such key."""
+        if "action" not in schema:
+            return ""
+        width, named = math.prod(schema["action"][0]), [i for channels in self.parts.values() for i in channels]
+        if outside := [i for i in named if not 0 <= i < width]:
+            return f"parts names channel {outside[0]}, and the action has {width}: 0 to {width - 1}"
+        if twice := sorted({i for i in named if named.count(i) > 1}):
+            return f"parts names channel {twice[0]} twice; each channel of the action is in one part"
+        if self.of is None:
+            return ""
+        if self.of not in schema:
+            return f"of: {self.of!r} is not a stored key (known: {', '.join(schema)})"
+        has = math.prod(schema[self.of][0])
+        if outside := [i for i in self.of_take or () if not 0 <= i < has]:
+            return f"of_take names channel {outside[0]} of {self.of!r}, which has {has}: 0 to {has - 1}"
+        moving = len(named) - len(self.parts.get("gripper", ())) if named else width
+        about = has if self.of_take is None else len(self.of_take)
+        if about == moving:
+            return ""
+        return (f"of: {moving} channels of the action cannot be about {about} of {self.of!r}. Say which of its channels with of_take, and which of the "
+                "action's with parts, like parts: {position: [0, 1, 2], gripper: [3]}")
 
     @classmethod
     def from_json(cls, d: Mapping[str, Any] | None) -> "Semantics":

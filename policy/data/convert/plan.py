@@ -2,6 +2,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,10 @@ class Plan:
         schema: Schema = {stored[k]: (tuple(source.schema[k][0]), np.dtype(source.schema[k][1]).newbyteorder("=")) for k in names}
         if parts and not one:
             schema["action"] = _composed(source, parts)
+        if absent := _absent(source, parts, one, schema, rules):
+            raise DataError(absent)
         fps, clock = _rate(source, rules)
-        semantics = Semantics.from_json({**_meant(source, rules, parts, stored).to_json(), **(rules.action or {})})
-        if semantics.of:
-            semantics = replace(semantics, of=stored.get(semantics.of, semantics.of))
+        semantics = _declared(_meant(source, rules, parts, stored), rules, stored, schema, notes)
         if rules.action_from is None and not source.action and parts:
             made = " and ".join(f"{p.key}{'' if p.take is None else list(p.take)}{f' {p.shift} step later' if p.shift else ''}" for p in parts)
             notes.append(f"the source has no action of its own: it was made of {made}{' side by side' if len(parts) > 1 else ''}; action_from says otherwise")
@@ -146,6 +147,28 @@ def _meant(source: Source, rules: Rules, parts: list[Part], stored: Mapping[str,
     later = f"{parts[0].shift} step{'s' * (parts[0].shift > 1)} later"
     some = "" if take is None else f"[{take[0]}:{take[-1] + 1}]" if take == tuple(range(take[0], take[-1] + 1)) else f"{list(take)}"
     return Semantics("absolute", of=key, of_take=take, text=f"{key}{some} {later}")
+
+
+def _declared(meant: Semantics, rules: Rules, stored: Mapping[str, str], schema: Schema, notes: list[str]) -> Semantics:
+    """What the reader says with what the user says of it. Of the reader's a note tells what cannot be.   ValueError: what the user says cannot be."""
+    if wrong := meant.misfit(schema):
+        notes.append(f"what the source says of its action cannot be so and was passed over: {wrong}")
+        meant = Semantics(meant.kind, meant.space, text=meant.text)
+    said = Semantics.from_json({**meant.to_json(), **(rules.action or {})})
+    said = replace(said, of=stored.get(said.of, said.of)) if said.of else said
+    if wrong := said.misfit(schema):
+        raise ValueError(f"action: {wrong}")
+    return said
+
+
+def _absent(source: Source, parts: list[Part], one: str | None, schema: Schema, rules: Rules) -> str:
+    """Why no action would be left of one that the source has, and what to do; '' where there is one, or where none is wanted."""
+    cure = "Name another with action_from=KEY, or say action_from=none for a dataset without actions"
+    if one and any(fnmatchcase(one, pattern) for pattern in rules.skip):
+        return f"{source.path}: {one!r} is the action, and skip leaves it out. {cure}"
+    if (one and 0 in source.schema[one][0]) or (parts and not one and 0 in schema["action"][0]):
+        return f"{source.path}: its action, {' and '.join(p.key for p in parts)}, has no channels. {cure} (known: {', '.join(source.schema)})"
+    return ""
 
 
 def _composed(source: Source, parts: list[Part]) -> tuple[tuple[int, ...], np.dtype]:
