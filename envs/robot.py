@@ -268,6 +268,8 @@ def main(argv: list[str] | None = None) -> None:
     got = scheduling(args.priority) if args.priority else "normal"
     print(json.dumps({"port": link.port, "scheduling": got, **twin.facts}), flush=True)
     summary = run(twin, link, log=log, every=args.every, stall=args.stall, alone=not args.with_parent)
+    if got.startswith("SCHED_FIFO"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # compressing takes seconds, and others on this computer may be in time
     if log is not None:
         log.save(args.log, twin)
     twin.close()

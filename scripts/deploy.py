@@ -182,6 +182,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError("which policy? Name one of run=FOLDER (a training run), artifact=FOLDER (an export) or url=ws://host:port (a running dipole serve)")
     if wrong := [f"{k}={cfg[k]}" for k in ("seconds", "minutes", "episodes") if cfg[k] is not None and not cfg[k] > 0]:
         raise ValueError(f"{wrong[0]} must be above 0")
+    for name in ("delay", "delays") if cfg.do == "eval" else ("delay",):
+        values = [cfg.delay] if name == "delay" else list(cfg.delays) if isinstance(cfg.delays, Sequence) and len(cfg.delays) else [None]
+        if not all(type(d) in (int, float) and 0 <= d < math.inf for d in values):
+            raise ValueError(f"{name}={cfg[name]} must be {'a list of seconds from 0, such as [0,0.04]' if name == 'delays' else 'seconds from 0'}")
     if cfg.do and not hasattr(get_class(cfg.robot.driver._target_), "reset"):
         raise ValueError(f"robot={cfg.robot.spec.name} is no simulated one, it has no episodes: run dipole deploy without {cfg.do}")
     return known[cfg.do](cfg)

@@ -116,8 +116,13 @@ def timeline(out: Path, journal: Journal, robot: RobotSpec, *, last: bool = Fals
         ax.set_ylabel(f"{robot.joints[j]}\n{robot.units[j]}", fontsize=8)
         ax.tick_params(labelsize=7)
         if j == 0:
-            ax.legend(fontsize=7, loc="upper right", ncol=2, frameon=False)
-    axes[-1].plot(t[keep], 1e3 * a["late"][keep], color="#667079", lw=0.8)
+            ax.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.95), ncol=2, frameon=False)
+    line(axes[-1], 1e3 * a["late"], color="#667079", lw=0.8)
+    for stop in (e["t"] - t0 for e in journal.events if e["event"] == "mode" and e.get("mode") == "STOP"):
+        if -0.1 <= stop <= SHOWN:  # a moment, after which nothing is commanded
+            for ax in axes[1:]:
+                ax.axvline(stop, color=COLOURS["STOP"], lw=1.4)
+            axes[1].annotate("STOP", (stop, 0.5), xytext=(4, 0), textcoords="offset points", fontsize=8, color=COLOURS["STOP"], va="center", fontweight="bold")
     axes[-1].set(ylabel="late, ms", xlabel="s")
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)

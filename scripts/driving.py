@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
+import conf
 from policy.data.semantics import Semantics
 from policy.serve.bridge import Bridge, Settings
 from policy.serve.card import Card
@@ -70,6 +71,11 @@ def opened(cfg: DictConfig, ended: Ended, folder: Path, delay: float = 0.0, **co
 
     control: what this call wants otherwise than cfg.
     """
+    if absent := sorted(OmegaConf.missing_keys(cfg.robot)):
+        raise ValueError(f"{absent[0]} has no value: add {absent[0]}=…; conf/robot/{cfg.robot.spec.name}.yaml says what it is")
+    if cfg.control.warm is not None and not cfg.run:
+        raise ValueError(f"control.warm={cfg.control.warm} belongs to the planner: dipole serve run=… control.warm={cfg.control.warm}, "
+                         f"or dipole export run=… control.warm={cfg.control.warm}")
     node, pid = plain(cfg.robot), 0
     robot: RobotSpec = instantiate(node["spec"], _convert_="all")
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +94,8 @@ def opened(cfg: DictConfig, ended: Ended, folder: Path, delay: float = 0.0, **co
         except TimeoutError as e:
             raise TimeoutError(f"{e}. Is `dipole serve` running there?") from e
         if wrong := Expect.of(robot).differences(card):
-            raise ValueError(f"the policy at {url} does not fit robot={robot.name}: {wrong}. Choose the robot with robot=…, or serve the run trained for it")
+            fits = " or ".join(f"robot={name}" for name in robots_of(card.task)) or "robot=…"
+            raise ValueError(f"the policy at {url} does not fit robot={robot.name}: {wrong}. Choose the robot with {fits}, or serve the run trained for it")
         client.expect = replace(Expect.of(robot), dt=card.dt, model_id=card.model_id)  # whatever takes the server's place has to be the same
         stack.callback(driver.close)
         safety = plain(cfg.safety)
@@ -99,6 +106,11 @@ def opened(cfg: DictConfig, ended: Ended, folder: Path, delay: float = 0.0, **co
         ended.moving = True
         bridge.connect()
         yield bridge, pid
+
+
+def robots_of(task: str) -> list[str]:
+    """Names in conf/robot of those whose task this is."""
+    return [path.stem for path in sorted((Path(conf.__file__).parent / "robot").glob("*.yaml")) if task and OmegaConf.load(path).spec.get("task") == task]
 
 
 @contextmanager
@@ -127,6 +139,7 @@ def kept(cfg: DictConfig, bridge: Bridge, card: Card) -> Iterator[Recording]:
 def execution_of(cfg: DictConfig, card: Card, robot: RobotSpec, control: dict[str, Any]) -> Execution:
     """How chunks are followed: as `control` says, then cfg, then the policy's own advice. ValueError for a merge that the policy has not."""
     asked = {**plain(cfg.control), **control}
+    del asked["warm"]  # the server's
     advice: Any = card.facts.get("control") or {}  # what the run was evaluated with, or adopted after dipole eval delay
     asked["execute"] = asked["execute"] or advice.get("execute") or max(1, card.horizon // 2)
     asked["merge"] = asked["merge"] or advice.get("merge") or "naive"

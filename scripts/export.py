@@ -1,5 +1,6 @@
 """Export a trained planner for robot computers, compared and timed: dipole export run=outputs/gantry format=onnx."""
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -118,7 +119,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         console.print(f"[yellow]{cfg.precision} is no quicker than fp32 on this computer[/]: {own:.1f} and {rows[f'{cfg.format}, fp32']['cpu_ms']:.1f} ms",
                       highlight=False, soft_wrap=True)
     console.print(f"[bold]{cfg.format}, {cfg.precision}: one plan {own:.1f} ms, {first / own:.1f} times faster than eager; differences up to "
-                  f"{found['worst']:.1e}[/]: {out}\nserve it: dipole serve artifact={out}\nreport: {out / 'report.html'}", highlight=False, soft_wrap=True)
+                  f"{found['worst']:.1e}[/]: {out}\nserve it: dipole serve {shlex.quote(f'artifact={out}')}\nreport: {out / 'report.html'}",
+                  highlight=False, soft_wrap=True)
     return {"folder": str(out), "worst": found["worst"], "plan_ms": own}
 
 

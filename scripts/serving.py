@@ -38,7 +38,7 @@ def server(cfg: DictConfig, delay: float, log: Path, seconds: float = 180.0) -> 
     source = f"run={cfg.run}" if cfg.run else f"artifact={cfg.artifact}"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as out:
-        process = subprocess.Popen([sys.executable, "-m", "scripts.cli", "serve", source, "port=0", f"delay={delay}", *cfg.serve],
+        process = subprocess.Popen([sys.executable, "-m", "scripts.cli", "serve", source, "port=0", f"delay={delay}", *warm(cfg), *cfg.serve],
                                    stdout=out, stderr=subprocess.STDOUT, env=_environment(), preexec_fn=_with_parent)
     try:
         yield _address(process, log, seconds), process.pid
@@ -49,6 +49,10 @@ def server(cfg: DictConfig, delay: float, log: Path, seconds: float = 180.0) -> 
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def warm(cfg: DictConfig) -> list[str]:
+    return [] if cfg.control.warm is None else [f"control.warm={cfg.control.warm}"]
 
 
 def _address(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str:
@@ -88,7 +92,7 @@ def in_process(cfg: DictConfig, folder: Path, control: dict[str, Any]) -> dict[s
     if not cfg.run:
         return {}
     out = folder / "in_process"
-    words = [f"control.{k}={str(v).lower()}" for k, v in control.items()]
+    words = [*(f"control.{k}={str(v).lower()}" for k, v in control.items()), *warm(cfg)]
     done = subprocess.run([sys.executable, "-m", "scripts.cli", "eval", f"run={cfg.run}", f"episodes={cfg.episodes}", f"seed={cfg.seed}", "videos=0",
                            f"out={out}", *words], capture_output=True, text=True, env=_environment())
     if done.returncode:

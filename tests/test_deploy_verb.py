@@ -26,6 +26,12 @@ def dipole(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     ((), "which policy?"), (("run=a", "url=ws://b"), "which policy?"), (("demoo", "run=a"), "is unknown"),
     (("robot=gantr", "run=a"), "there is no robot=gantr. Did you mean robot=gantry? Known: franka, gantry, panda_pick, ros2_panda, so101, ur5e"),
     (("control.merg=naive", "run=a"), "there is no setting 'control.merg'. Did you mean control.merge? `dipole deploy --help` lists all"),
+    (("robot=ur5e", "url=ws://127.0.0.1:1"), "robot.driver.host has no value: add robot.driver.host=…; conf/robot/ur5e.yaml says what it is"),
+    (("robot=so101", "url=ws://127.0.0.1:1"), "robot.driver.bus.port has no value: add robot.driver.bus.port=…"),
+    (("control.warm=0.8", "url=ws://127.0.0.1:1"), "control.warm=0.8 belongs to the planner: dipole serve run=… control.warm=0.8"),
+    (("eval", "run=a", "delays=0.04"), "delays=0.04 must be a list of seconds from 0, such as [0,0.04]"),
+    (("eval", "run=a", "delays=[0,a]"), "must be a list of seconds from 0"), (("eval", "run=a", "delays=[-1]"), "must be a list of seconds from 0"),
+    (("eval", "run=a", "delays=[]"), "must be a list of seconds from 0"), (("run=a", "delay=-1"), "delay=-1 must be seconds from 0"),
     (("robot.driver.kep=1", "url=ws://127.0.0.1:1"), "unexpected keyword argument 'kep'"),
 ])
 def test_mistakes_end_in_one_line(args, said):

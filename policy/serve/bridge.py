@@ -114,7 +114,9 @@ class Bridge:
         Returns once all that was sent has been played and the joints stand, at most SETTLE later than they should.
         priority: SCHED_FIFO priority to ask for, None for an ordinary thread.
         """
-        got = realtime.claim(priority, cpu) if priority is not None else {"scheduler": "normal"}
+        self.journal.open(self.robot)
+        partners = [t for t in (getattr(self.client, "thread", None), self.journal.thread) if t is not None]
+        got = realtime.claim(priority, cpu, partners) if priority is not None else {"scheduler": "normal"}
         self.journal.start(self.robot, got)
         start, last, count = self.clock(), math.inf, 0
         try:
@@ -136,7 +138,7 @@ class Bridge:
             raise
         finally:
             if priority is not None:
-                realtime.release()
+                realtime.release(partners)
         return self.facts()
 
     def facts(self) -> dict[str, Any]:
@@ -166,8 +168,8 @@ class Bridge:
         if mode is Mode.STOP:
             if before is not Mode.STOP:
                 self._stop()
-            return
-        self._command(first)
+        else:
+            self._command(first)
         self.journal.tick(now, late, mode, self.state, self.limiter)
 
     def _read(self, now: float) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
@@ -63,6 +64,10 @@ class PlannerClient:
         scheme, _, rest = url.partition("://")
         if scheme not in ("ws", "wss") or not rest.partition("/")[0]:
             raise ValueError(f"url={url!r} must look like ws://HOST:PORT, or wss://HOST:PORT with TLS")
+        try:
+            _ = urlsplit(url).port
+        except ValueError as e:
+            raise ValueError(f"url={url!r} must look like ws://HOST:PORT: {e}") from None
         self.url = url if rest.partition("/")[2] else url.rstrip("/") + PATH
         if token and not (token.isascii() and token.isprintable() and " " not in token):
             raise ValueError("a token is ASCII without spaces: give the one that the server was started with")
@@ -78,8 +83,8 @@ class PlannerClient:
         self._connection: ClientConnection | None = None
         self._loop, self._wake = asyncio.new_event_loop(), asyncio.Event()
         self._task = self._loop.create_task(self._keep())
-        self._thread = threading.Thread(target=self._run, name="planner-client", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="planner-client", daemon=True)
+        self.thread.start()
 
     @property
     def stats(self) -> Stats:
@@ -106,6 +111,8 @@ class PlannerClient:
         def copy(x: Any) -> np.ndarray:  # the caller goes on writing into its own
             return np.array(sendable(x))
 
+        if seed is not None and not 0 <= seed < 2**63:
+            raise WireError("schema", f"seed={seed} must be a whole number from 0 to 2^63 - 1")
         now = time.monotonic()
         deadline = math.inf if deadline_s is None else now + deadline_s
         request = Observation(0, epoch, int(t_obs * 1e9), {k: copy(v) for k, v in obs.items()}, None, None if prefix is None else copy(prefix), committed,
@@ -132,7 +139,12 @@ class PlannerClient:
         raise TimeoutError(f"{self.url} did not answer within {timeout:g} s: {self.trouble or 'it is connected and silent'}")
 
     def wait_ready(self, timeout: float = 10.0) -> Card:
-        """The model's card once it is connected. TimeoutError with what went wrong last, WrongRobot, Refused at once when waiting changes nothing."""
+        """The model's card once it is connected. TimeoutError with what went wrong last, WrongRobot, Refused at once when waiting changes nothing.
+
+        RuntimeError after close().
+        """
+        if not self.thread.is_alive():
+            raise RuntimeError(f"this client of {self.url} was closed: make a new PlannerClient")
         with self.ledger.changed:
             self.ledger.changed.wait_for(lambda: self.connected or self.refused, timeout)
         if self.refused:
@@ -144,7 +156,7 @@ class PlannerClient:
     def close(self) -> None:
         """End the connection and the thread."""
         self._call(self._task.cancel)
-        self._thread.join(5)
+        self.thread.join(5)
 
     def __enter__(self) -> "PlannerClient":
         return self

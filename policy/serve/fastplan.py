@@ -41,7 +41,8 @@ class FastPlan:
         planner, device, loop = self.planner, self.ordinary.device, self.loops[0]
         size = (planner.spec.horizon, planner.spec.action_dim)
         known = check_prefix(prefix, committed, merge, size=size, merges=tuple(self.card.merges), rtc=planner.rtc)
-        seen = {k: torch.from_numpy(np.array(obs[k], np.float32))[None].to(device) for k in planner.spec.obs}
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and the plan is refused for it
+            seen = {k: torch.from_numpy(np.array(obs[k], np.float32))[None].to(device) for k in planner.spec.obs}
         cond = planner.encode(seen)
         noises, near = self._noises(noise, loop.solver.draws), None
         if known is not None:

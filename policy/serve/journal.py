@@ -32,17 +32,21 @@ class Journal:
         self.ticks = 0  # since the start
         self._rows = np.zeros((0, 0))
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
         self._told = 0.0
 
-    def start(self, robot: RobotSpec, obtained: dict[str, Any]) -> None:
+    def open(self, robot: RobotSpec) -> None:
+        """Take the memory and start the thread that writes, once."""
         if self.robot is None:
             self.robot = robot
             self._rows = np.full((int(self.keep * robot.rate), 3 + 4 * robot.dof), np.nan)
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._thread = threading.Thread(target=self._write, daemon=True)
-                self._thread.start()
+                self.thread = threading.Thread(target=self._write, daemon=True)
+                self.thread.start()
+
+    def start(self, robot: RobotSpec, obtained: dict[str, Any]) -> None:
+        self.open(robot)
         self.obtained = obtained
         self.event(time.monotonic(), "start", {"robot": robot.name, "rate": robot.rate, **obtained})
 
@@ -97,13 +101,13 @@ class Journal:
         return {"t": t, "late": late, "mode": np.array([str(m) for m in MODES])[mode.astype(int)], "q": q, "dq": dq, "ddq": ddq, "measured": measured}
 
     def close(self) -> None:
-        if self._thread is not None:
+        if self.thread is not None:
             self._lines.put(None)
-            self._thread.join(2)
-            self._thread = None
+            self.thread.join(2)
+            self.thread = None
 
     def _put(self, row: dict[str, Any]) -> None:
-        if self._thread is not None and self._lines.qsize() < WAITING:
+        if self.thread is not None and self._lines.qsize() < WAITING:
             self._lines.put(row)
 
     def _write(self) -> None:

@@ -2,17 +2,22 @@
 import ctypes
 import gc
 import os
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 MCL_CURRENT, MCL_FUTURE = 1, 2
+SWITCH = 0.0005  # s after which a thread that waits for the interpreter gets it, a tenth of Python's own
 
 
-def claim(priority: int = 10, cpu: int | None = None) -> dict[str, Any]:
+def claim(priority: int = 10, cpu: int | None = None, partners: Sequence[threading.Thread] = ()) -> dict[str, Any]:
     """Ask for SCHED_FIFO, locked memory, a core, and no garbage collection in the loop, for the calling thread; what was obtained, with the reason where not.
 
+    partners: threads of this process that work for the loop, one priority lower. As ordinary ones they may be put off by other programs while they
+    hold the interpreter, and the loop would wait with them.
     Python's collector is switched off, what there is so far frozen; `tidy` collects what is new. Nothing here raises: a robot runs without, less evenly.
     """
     got: dict[str, Any] = {"scheduler": "normal", "memory_locked": False, "cpu": None, "why_not": []}
@@ -20,6 +25,7 @@ def claim(priority: int = 10, cpu: int | None = None) -> dict[str, Any]:
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))  # threads made from here on are ordinary
         got["scheduler"] = f"SCHED_FIFO {priority}"
     except (OSError, AttributeError) as e:
+        partners = ()
         got["why_not"].append(f"SCHED_FIFO: {e}; allow it with `setcap cap_sys_nice=ep` on python, or an rtprio line in /etc/security/limits.conf")
     try:
         if ctypes.CDLL(None, use_errno=True).mlockall(MCL_CURRENT | MCL_FUTURE):
@@ -33,10 +39,19 @@ def claim(priority: int = 10, cpu: int | None = None) -> dict[str, Any]:
             got["cpu"] = cpu
         except (OSError, AttributeError) as e:
             got["why_not"].append(f"cpu {cpu}: {e}")
+    for thread in partners:
+        _schedule(thread, os.SCHED_FIFO, max(1, priority - 1))
+    sys.setswitchinterval(SWITCH)
     gc.collect()
     gc.freeze()
     gc.disable()
     return got
+
+
+def _schedule(thread: threading.Thread, policy: int, priority: int) -> None:
+    if thread.is_alive() and thread.native_id:
+        with suppress(OSError):
+            os.sched_setscheduler(thread.native_id, policy, os.sched_param(priority))
 
 
 def tidy(before: float, least: float = 0.004) -> None:
@@ -45,10 +60,13 @@ def tidy(before: float, least: float = 0.004) -> None:
         gc.collect()
 
 
-def release() -> None:
+def release(partners: Sequence[threading.Thread] = ()) -> None:
     """Back to an ordinary process."""
     if hasattr(os, "sched_setscheduler"):
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        for thread in partners:
+            _schedule(thread, os.SCHED_OTHER, 0)
+    sys.setswitchinterval(10 * SWITCH)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).munlockall()
     gc.enable()

@@ -237,7 +237,20 @@ def test_what_a_client_is_given_is_checked(options, words):
         PlannerClient("wss://127.0.0.1:1", **options)
 
 
-@pytest.mark.parametrize("url", ["http://x", "127.0.0.1:80", "ws://", "ws:///plan"])
+def test_a_closed_client_says_so_and_a_seed_that_cannot_be_sent_is_told_at_once(server):
+    client = PlannerClient(server.url)
+    client.wait_ready(20)
+    start = time.monotonic()
+    for seed in (-1, 2**70):
+        with pytest.raises(WireError, match="whole number from 0"):
+            client.plan(obs(), seed=seed)
+    client.close()
+    with pytest.raises(RuntimeError, match="was closed: make a new PlannerClient"):
+        client.plan(obs())
+    assert time.monotonic() - start < 2 and client.stats.connects == 1 and not client.stats.errors
+
+
+@pytest.mark.parametrize("url", ["ws://127.0.0.1:999999", "ws://x:port", "http://x", "127.0.0.1:80", "ws://", "ws:///plan"])
 def test_urls_are_checked(url):
     with pytest.raises(ValueError, match="ws://HOST"):
         PlannerClient(url)
@@ -263,7 +276,7 @@ def test_closing_ends_the_thread_whatever_it_does(server):
         time.sleep(0.05)
         client.close()
         client.close()
-        assert not client._thread.is_alive()
+        assert not client.thread.is_alive()
 
 
 def test_an_older_answer_never_replaces_a_newer_one():

@@ -1,6 +1,7 @@
 """The clock of the loop: deadlines do not drift, missed periods are skipped, and threads made in the loop are not real-time ones."""
 import gc
 import os
+import sys
 import threading
 import time
 from itertools import islice, pairwise
@@ -44,6 +45,27 @@ def test_what_is_asked_for_is_told_and_given_back():
     assert gc.isenabled() and os.sched_getscheduler(0) == os.SCHED_OTHER
     status = Path("/proc/self/status")
     assert not status.exists() or "VmLck:\t       0 kB" in status.read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setscheduler"), reason="needs Linux")
+def test_threads_that_work_for_the_loop_are_not_put_off_by_other_programs():
+    """One priority lower than the loop, ordinary again afterwards; one that has ended is passed over."""
+    go = threading.Event()
+    partner, gone = threading.Thread(target=go.wait, args=(20,)), threading.Thread(target=lambda: None)
+    for thread in (partner, gone):
+        thread.start()
+    gone.join()
+    got = realtime.claim(3, partners=[partner, gone])
+    try:
+        if got["scheduler"] == "normal":
+            pytest.skip(got["why_not"][0])
+        assert os.sched_getscheduler(partner.native_id) == os.SCHED_FIFO and os.sched_getparam(partner.native_id).sched_priority == 2
+        assert sys.getswitchinterval() < 0.001
+    finally:
+        realtime.release([partner, gone])
+    assert os.sched_getscheduler(partner.native_id) == os.SCHED_OTHER and sys.getswitchinterval() == pytest.approx(0.005)
+    go.set()
+    partner.join()
 
 
 def test_a_loop_that_may_not_have_priority_runs_all_the_same(monkeypatch):
