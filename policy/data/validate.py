@@ -110,10 +110,8 @@ def facts(data: Data) -> dict[str, Any]:
                            "keys": {key: {"shape": list(shape), "dtype": str(dtype), "role": data.roles[key]} for key, (shape, dtype) in data.schema.items()}}
     if data.looked:
         out["images_looked_at"] = {key: round(share, 3) for key, share in data.looked.items()}
-    if (curve := actions.lag_curve(data)) is not None:
-        kind, lags, mean = curve
-        out["action"] = {"looks": "absolute" if kind == "target" else "delta", "declared": data.semantics.kind, "lag": int(lags[mean.argmax()]),
-                         "correlation": round(float(mean.max()), 3)}
+    if seen := actions.looks(data):
+        out["action"] = seen
     return out
 
 

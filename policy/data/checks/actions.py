@@ -6,13 +6,14 @@ from numpy.typing import NDArray
 
 from policy.data.checks.finding import Finding, Place, finding, some
 from policy.data.checks.look import Data
-from policy.data.checks.relate import Array, changes, correlation, joined, moving_states, shifted
+from policy.data.checks.relate import Array, changes, correlation, joined, moving_states, rates, shifted
 from policy.page import counted
 
 PAST, AHEAD = 8, 24        # lags looked at [steps]
 CLEAR, MARGIN = 0.4, 0.05  # a correlation worth a word, and what one lag must be ahead of another by
 COPY = 1e-4                # of a state's spread: an action this close to it is a copy
-TRACKS = 0.5               # a target stays this close to the state it commands, in spreads of that state
+TRACKS = 0.5               # a target stays this close to the state it commands, in spreads of that state; or, where it is scaled,
+LEVEL, NEAR = 0.85, 8      # its level goes with that of a state at most so many steps away, clearly better than with any change
 DELAY = 0.3                # seconds after which a reaction is worth a note
 LEFT = 0.75                # or, where motions are slow and all lags fit well, the share of the unexplained variance that the better lag leaves
 SURE = 0.15                # by as much one lag leads where the action may answer the state, as a controller's does
@@ -25,6 +26,7 @@ class Pairs:
 
     episode: (n,), which stretch a frame belongs to.   columns: key and channel of each state channel.   lags: (l,), -PAST … AHEAD.
     target, change: (l, d) correlations of each action channel with its best state channel: changes with changes, and the action with changes.
+    level: (l, d), of the action with the state itself, of those that are no velocity.   rate: (s,), state channels that are the velocity of others.
     of_target, of_change: (d,) that state channel.   apart: (l, d) rms distance of the action to it, in its spreads.   slope: (d,) of state over action.
     """
     action: Array
@@ -35,20 +37,40 @@ class Pairs:
     lags: NDArray[np.int64]
     target: Array
     change: Array
+    level: Array
+    rate: NDArray[np.bool_]
     of_target: NDArray[np.int64]
     of_change: NDArray[np.int64]
     apart: Array
     slope: Array
 
     @property
+    def best(self) -> tuple[Array, Array]:
+        """(d,), (d,): how well the level of a state goes with each action channel, and how well the change of one does."""
+        return self.level[np.abs(self.lags) <= NEAR].max(axis=0), self.change.max(axis=0)
+
+    @property
+    def tracked(self) -> NDArray[np.bool_]:
+        """(d,): action channels whose changes a state channel follows."""
+        return self.target.max(axis=0) > CLEAR
+
+    @property
     def targets(self) -> NDArray[np.bool_]:
-        """(d,): action channels that say where a state channel shall be."""
-        return (self.target.max(axis=0) > CLEAR) & (self.apart.min(axis=0) < TRACKS)
+        """(d,): action channels that say where a state channel shall be, in its unit or scaled: as a velocity that is commanded, it would be a change."""
+        level, change = self.best
+        velocity = self.rate[self.of_target] & better(change, level)
+        return (self.tracked & (self.apart.min(axis=0) < TRACKS) & ~velocity) | ((level > LEVEL) & better(level, change))
 
     @property
     def deltas(self) -> NDArray[np.bool_]:
         """(d,): action channels that say by how much a state channel shall change."""
-        return (self.change.max(axis=0) > np.maximum(CLEAR, self.target.max(axis=0))) & ~self.targets
+        level, change = self.best
+        return (change > np.maximum(CLEAR, self.target.max(axis=0))) & better(change, level) & ~self.targets
+
+
+def better(a: Array, b: Array) -> NDArray[np.bool_]:
+    """Whether correlations a explain clearly more than b."""
+    return (a > b) & (1 - a ** 2 < LEFT * (1 - np.maximum(b, 0) ** 2))
 
 
 def pairs(data: Data) -> Pairs | None:
@@ -67,16 +89,19 @@ def matched(data: Data) -> Pairs | None:
     action, state, episode, at = together.values[:, :d], together.values[:, d:], together.episode, together.at
     lags = np.arange(-PAST, AHEAD + 1)
     da, ds, plain = changes(action, episode), changes(state, episode), action - action.mean(axis=0)
+    rate = np.array([rates(data, key)[c] for key, c in together.columns[d:]])
     target = np.stack([correlation(da, ds, episode, int(lag)) for lag in lags])  # (l, d, s)
+    level = np.stack([correlation(plain, state - state.mean(axis=0), episode, int(lag)) for lag in lags]) * ~rate
     change = np.abs(np.stack([correlation(plain, ds, episode, int(lag)) for lag in lags]))
     of_target, of_change = target.max(axis=0).argmax(axis=1), change.max(axis=0).argmax(axis=1)
+    of_level = level[np.abs(lags) <= NEAR].max(axis=0).argmax(axis=1)
     goal = state[:, of_target]
     spread = goal.std(axis=0) + 1e-12
     apart = np.stack([distance(action, goal, episode, int(lag)) for lag in lags]) / spread
     each = np.arange(d)
     slopes = [slope(da[:, i], ds[:, j], episode, int(lags[target[:, i, j].argmax()])) for i, j in enumerate(of_target)]
-    return Pairs(action, state, episode, at, together.columns[d:], lags, target[:, each, of_target], change[:, each, of_change], of_target, of_change, apart,
-                 np.array(slopes))
+    return Pairs(action, state, episode, at, together.columns[d:], lags, target[:, each, of_target], change[:, each, of_change], level[:, each, of_level],
+                 rate, of_target, of_change, apart, np.array(slopes))
 
 
 def distance(a: Array, s: Array, episode: NDArray[np.int64], lag: int) -> Array:
@@ -95,22 +120,39 @@ def slope(a: Array, s: Array, episode: NDArray[np.int64], lag: int) -> float:
 
 
 def lag_curve(data: Data) -> tuple[str, NDArray[np.int64], Array] | None:
-    """("target" or "change", lags, mean correlation over the action channels that are it): what the report draws; None where nothing goes together."""
+    """("target", "level" or "change", lags, mean correlation over the action channels that are it): what the report draws; None where nothing goes
+    together. "level": targets none of whose changes the state follows at once."""
     found = pairs(data)
     if found is None:
         return None
-    both = [("target", found.targets, found.target), ("change", found.deltas, found.change)]
-    kind, use, curve = max(both, key=lambda b: b[2].max(axis=0)[b[1]].sum())
-    return (kind, found.lags, curve[:, use].mean(axis=1)) if use.any() else None
+    targets, deltas = found.targets, found.deltas
+    if not (targets | deltas).any():
+        return None
+    if np.maximum(found.target, found.level).max(axis=0)[targets].sum() < found.change.max(axis=0)[deltas].sum():
+        return "change", found.lags, found.change[:, deltas].mean(axis=1)
+    if (use := targets & found.tracked).any():
+        return "target", found.lags, found.target[:, use].mean(axis=1)
+    return "level", found.lags, found.level[:, targets].mean(axis=1)
+
+
+def looks(data: Data) -> dict[str, object]:
+    """{looks: absolute, delta or unclear, declared, lag [steps], correlation}; {} where nothing goes together."""
+    if (curve := lag_curve(data)) is None:
+        return {}
+    kind, lags, mean = curve
+    best, said = int(lags[mean.argmax()]), data.semantics.kind
+    late = kind == "change" and said not in ("delta", "velocity") and not 0 <= best <= NEAR  # as a torque, which is neither
+    seen = "unclear" if late or periodic(lags, mean, best) else "delta" if kind == "change" else "absolute"
+    return {"looks": seen, "declared": said, "lag": best, "correlation": round(float(mean.max()), 3)}
 
 
 def lag(data: Data) -> list[Finding]:
     """When the state follows the action: never before it."""
     found, curve = pairs(data), lag_curve(data)
-    if found is None or curve is None:
+    if found is None or curve is None or curve[0] == "level":
         return []
     kind, lags, mean = curve
-    use = np.flatnonzero(found.targets if kind == "target" else found.deltas)
+    use = np.flatnonzero(found.targets & found.tracked if kind == "target" else found.deltas)
     best = int(lags[mean.argmax()])
     if kind == "target" and (copied := copies(data, found, use)):
         return copied
@@ -169,7 +211,8 @@ def meaning(data: Data) -> list[Finding]:
         return []
     targets, deltas, said = found.targets, found.deltas, data.semantics.kind
     out = []
-    if said == "absolute" and deltas.sum() > targets.sum():
+    gait = (curve := lag_curve(data)) is not None and periodic(curve[1], curve[2], int(curve[1][curve[2].argmax()]))  # a level is a change a quarter later
+    if said == "absolute" and deltas.sum() > targets.sum() and not gait:
         out.append(meant(data, deltas, "absolute", "changes of the state", "delta"))
     if said in ("delta", "velocity") and targets.sum() > deltas.sum():
         out.append(meant(data, targets, said, "where the state shall be", "absolute"))
