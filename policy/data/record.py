@@ -13,33 +13,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from policy.data.semantics import Semantics
 from policy.data.store import DataError, Store, hold
 
 Frame = Mapping[str, Any]
 BLOCK_BYTES = 2**23  # written at once: about two shards of each key
+STAMPS = 2**24 * 1e-3  # s: from here on float32 cannot tell stamps apart that are 1 ms from one another
 WAIT = 0.25  # s between two looks whether the thread still lives
 
 
 class Recorder:
     """Appends to the dataset at path, made with the first frame when there is none; goes on behind its last episode otherwise.
 
-        with Recorder("demos/mine.zarr", fps=20, units={"q": "rad"}, action_semantics="absolute joint target") as recorder:
+        with Recorder("demos/mine.zarr", fps=20, units={"q": "rad"}, action_semantics={"kind": "absolute", "space": "joint", "of": "q"}) as recorder:
             for each episode:
                 for each control step:
                     recorder.add({"q": q, "action": action})   # what was seen, and what was done about it
                 recorder.end()                                 # or recorder.cancel()
 
     NaN and infinity are recorded as they are, for an episode is worth more than a frame: dipole data validate finds them, and training refuses them.
-    schema: {key: (shape of one frame, dtype)}; that of the first frame when absent, Python numbers and float64 as float32.
+    action_semantics: what validation and transforms read, the fields of policy.data.semantics.Semantics; a sentence is for people alone.
+    schema: {key: (shape of one frame, dtype)}; that of the first frame when absent, Python numbers and float64 as float32, but for values beyond
+    STAMPS in that frame, which are taken for time stamps (time.time()) and stay float64.
     memory: bytes that may wait for the disk; add raises DataError beyond them, and the episode is lost.
     attrs: more of the store's attributes, such as task, action and obs.   ValueError when fps or keys are not the dataset's.
     """
 
     def __init__(self, path: Path | str, *, fps: float, schema: Mapping[str, tuple[Sequence[int], DTypeLike]] | None = None,
-                 units: Mapping[str, str] | None = None, action_semantics: str | None = None, attrs: Mapping[str, Any] | None = None,
-                 memory: int = 2**28):
+                 units: Mapping[str, str] | None = None, action_semantics: str | Semantics | Mapping[str, Any] | None = None,
+                 attrs: Mapping[str, Any] | None = None, memory: int = 2**28):
         self.path, self.fps, self.memory = Path(path), float(fps), memory
-        self._facts: dict[str, Any] = {"units": units, "action_semantics": action_semantics, "attrs": attrs}
+        meant = Semantics.from_json(action_semantics) if isinstance(action_semantics, Mapping) else action_semantics
+        self._facts: dict[str, Any] = {"units": units, "action_semantics": meant, "attrs": attrs}
         self._schema = {key: (tuple(shape), np.dtype(dtype)) for key, (shape, dtype) in schema.items()} if schema is not None else None
         self._store = self._opened() if self.path.exists() else None
         self._lock = self._locked() if self._store is not None else None
@@ -201,7 +206,9 @@ class Recorder:
         if self._store is not None:
             return
         if self._schema is None:
-            self._schema = {key: (np.shape(x), _kept(np.asarray(x).dtype)) for key, x in frame.items()}
+            self._schema = {key: (np.shape(x), _kept(np.asarray(x))) for key, x in frame.items()}
+        if isinstance(said := (self._facts["attrs"] or {}).get("action"), Mapping) and (wrong := Semantics.from_json(said).misfit(self._schema)):
+            raise ValueError(f"{self.path}: attribute action: {wrong}")
         self._store = Store.create(self.path, self._schema, fps=self.fps, **self._facts)
         self._lock = self._locked()
 
@@ -233,8 +240,8 @@ class Recorder:
         return x.astype(dtype, copy=False)
 
 
-def _kept(dtype: np.dtype) -> np.dtype:
-    return np.dtype("float32") if dtype == np.float64 else dtype
+def _kept(x: np.ndarray) -> np.dtype:
+    return np.dtype("float32") if x.dtype == np.float64 and not (np.abs(x) > STAMPS).any() else x.dtype
 
 
 def _words(schema: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> str:

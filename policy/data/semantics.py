@@ -71,3 +71,16 @@ class Semantics:
         if wrong := sorted(set(d) - set(cls.__dataclass_fields__)):
             raise ValueError(f"{', '.join(wrong)} says nothing about an action; use {', '.join(cls.__dataclass_fields__)}")
         return cls(**d)
+
+
+def described(said: str | Semantics | Mapping[str, Any] | None, attrs: Mapping[str, Any] | None,
+              schema: Mapping[str, tuple[Sequence[int], Any]]) -> dict[str, Any]:
+    """attrs of a store and what its action means: a sentence alone, or all of it as Semantics has it.   ValueError: said twice, or it cannot be so."""
+    if said is None or isinstance(said, str):
+        return {"action_semantics": said, **(attrs or {})}
+    if (attrs or {}).get("action"):
+        raise ValueError("what the action means is said twice: leave `action` out of attrs, or give action_semantics as a sentence")
+    meant = said if isinstance(said, Semantics) else Semantics.from_json(said)
+    if wrong := meant.misfit(schema):
+        raise ValueError(f"action_semantics: {wrong}")
+    return {"action_semantics": meant.text or None, **(attrs or {}), "action": meant.to_json()}

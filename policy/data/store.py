@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike
 
 from policy.data.files import DataError, Files, read_rows
 from policy.data.making import ENDS, hold, make
+from policy.data.semantics import Semantics, described
 from policy.data.video import PARTIAL, Video, settings
 
 BLOCK_BYTES = 2**26  # whole keys are walked this much at a time
@@ -27,7 +28,7 @@ Schema = dict[str, tuple[tuple[int, ...], np.dtype]]
 class Store:
     """One dataset. `Store.create` makes it, `Store.open` finds it; `append` records, `read` and `episode` give numpy arrays back.
 
-    fps [1/s], units {key: text}, action_semantics (for example "target agent position, absolute") and anything else are attributes.
+    fps [1/s], units {key: text}, action_semantics (a sentence, or Semantics or its fields, kept as `action`) and anything else are attributes.
     Frames are counted over the whole dataset: episode i is [episode_ends[i-1], episode_ends[i]).
     """
 
@@ -45,14 +46,14 @@ class Store:
 
     @classmethod
     def create(cls, path: Path | str, schema: Mapping[str, tuple[Sequence[int], DTypeLike]], *, fps: float,
-               units: Mapping[str, str] | None = None, action_semantics: str | None = None, attrs: Mapping | None = None,
+               units: Mapping[str, str] | None = None, action_semantics: str | Semantics | Mapping | None = None, attrs: Mapping | None = None,
                video: Sequence[str] | Mapping[str, Mapping[str, int]] = ()) -> "Store":
         """Make an empty dataset, open for appending.   schema: {key: (shape of one frame, dtype)}.   DataError when path is taken.
 
         video: keys of camera images that are kept as mp4 (policy.data.video), smaller by far and not bit for bit; {key: {gop, crf}} says how.
         """
         path, videos = Path(path), settings(path, schema, video)
-        make(path, schema, {"fps": float(fps), "units": dict(units or {}), "action_semantics": action_semantics, **(attrs or {})}, videos)
+        make(path, schema, {"fps": float(fps), "units": dict(units or {}), **described(action_semantics, attrs, schema)}, videos)
         return cls.open(path, mode="a")
 
     @classmethod

@@ -8,6 +8,8 @@ from data_cases import EPISODES, SCHEMA, assert_same, make_episode
 
 from policy.data import DataError, Recorder, Store
 from policy.data import record as module
+from policy.data.semantics import Semantics
+from policy.data.validate import validate
 
 
 def add_all(recorder, episode):
@@ -179,3 +181,41 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path, monkeypatch):
         recorder.end()
     assert len(Store.open(tmp_path / "d.zarr").episode(0)["q"]) == 201
     assert np.quantile(took, 0.9) < 0.005
+
+
+@pytest.mark.parametrize("said", [{"kind": "delta", "space": "joint", "of": "q", "text": "steps"}, Semantics("delta", "joint", of="q", text="steps")])
+def test_what_the_action_means_is_said_so_that_it_is_read(tmp_path, said):
+    rng, path = np.random.default_rng(0), tmp_path / "d.zarr"
+    with Recorder(path, fps=20, action_semantics=said) as recorder:
+        for _ in range(6):
+            q = np.zeros(2)
+            for _ in range(80):
+                target = q + 0.1 * rng.normal(size=2)
+                recorder.add({"q": q, "action": target})  # absolute targets
+                q = 0.2 * q + 0.8 * target
+            recorder.end()
+    store = Store.open(path)
+    assert store.action_semantics == "steps" and Semantics.from_json(store.attrs["action"]) == Semantics("delta", "joint", of="q", text="steps")
+    assert "action_kind" in [f.code for f in validate(path).findings]
+
+
+@pytest.mark.parametrize("facts, words", [
+    ({"action_semantics": {"kind": "absolut"}}, "kind='absolut' of an action is unknown"),
+    ({"action_semantics": {"of": "p"}}, "action_semantics: of: 'p' is not a stored key"),
+    ({"attrs": {"action": {"parts": {"gripper": [2]}}}}, "attribute action: parts names channel 2, and the action has 2"),
+    ({"action_semantics": {"kind": "delta"}, "attrs": {"action": {"kind": "delta"}}}, "is said twice")])
+def test_a_meaning_that_cannot_be_is_refused(tmp_path, facts, words):
+    with pytest.raises(ValueError, match=words), Recorder(tmp_path / "d.zarr", fps=20, **facts) as recorder:
+        recorder.add({"q": np.zeros(2), "action": np.zeros(2)})
+    assert not (tmp_path / "d.zarr").exists()
+
+
+def test_time_stamps_are_kept_apart(tmp_path):
+    now = 1_790_000_000.123
+    with Recorder(tmp_path / "d.zarr", fps=1000) as recorder:
+        for k in range(5):
+            recorder.add({"time": now + 0.001 * k, "clocks": np.array([0.001 * k, now + 0.001 * k]), "up": 0.001 * k, "q": np.zeros(2)})
+        recorder.end()
+    store = Store.open(tmp_path / "d.zarr")
+    assert {k: str(d) for k, (_, d) in store.schema.items()} == {"time": "float64", "clocks": "float64", "up": "float32", "q": "float32"}
+    np.testing.assert_allclose(np.diff(store.read("time")), 0.001, atol=1e-6)
