@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from policy.data.record import Recorder
 from policy.data.store import DataError, Store
+from policy.page import counted
 from policy.train.log import bar, console
 from scripts.recording import meaning
-from scripts.settings import plain, whole
+from scripts.settings import plain, stopped, whole
 from scripts.verb import verb
 
 
@@ -64,6 +65,14 @@ def collect(task: Any, path: Path, *, episodes: int, seed: int, noise: Any, work
     return Store.open(path)
 
 
+def kept(path: Path) -> int:
+    """Whole episodes that are in the dataset at path, if there is one."""
+    try:
+        return Store.open(path).episodes
+    except DataError:
+        return 0
+
+
 def check_noise(noise: Any, dims: int) -> None:
     """ValueError when it is no standard deviation, nor one for each of the action's dimensions."""
     each = noise if isinstance(noise, list) else [] if noise is None else [noise]
@@ -85,8 +94,9 @@ def main(cfg: DictConfig) -> None:
     whole(0, seed=cfg.seed, **({} if cfg.workers is None else {"workers": cfg.workers}))
     noise = plain(cfg.noise) if OmegaConf.is_config(cfg.noise) else cfg.noise
     task, path, tick = instantiate(cfg.env), Path(cfg.path), time.perf_counter()
-    store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=noise, workers=cfg.workers, ray=cfg.ray, recording=cfg.recording,
-                    env=plain(cfg.env), data=known(HydraConfig.get().runtime.choices.get("env")))
+    with stopped(lambda: f"stopped: {counted(kept(path), 'episode')} in {path}"):
+        store = collect(task, path, episodes=cfg.episodes, seed=cfg.seed, noise=noise, workers=cfg.workers, ray=cfg.ray, recording=cfg.recording,
+                        env=plain(cfg.env), data=known(HydraConfig.get().runtime.choices.get("env")))
     line = f"[bold]{store.episodes} demonstrations, {store.steps} steps in {time.perf_counter() - tick:.1f} s[/]"
     console.print(f"{line}: {path}", highlight=False, soft_wrap=True)
 

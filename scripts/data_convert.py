@@ -1,5 +1,6 @@
 """Another format into a store, and back: dipole data convert src=demo.hdf5 dst=demos/lift.zarr."""
 from contextlib import ExitStack
+from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.progress import Progress, TaskID
@@ -8,7 +9,7 @@ from policy.data.convert import Converted, convert
 from policy.data.store import Store
 from policy.page import counted
 from policy.train.log import bar, console
-from scripts.settings import plain
+from scripts.settings import plain, stopped
 from scripts.verb import verb
 
 
@@ -27,7 +28,7 @@ def told(done: Converted, src: str) -> list[str]:
 def start(cfg: DictConfig) -> None:
     d = plain(cfg)
     src, dst, mapping = d.pop("src"), d.pop("dst"), d.pop("mapping")
-    with ExitStack() as stack:
+    with stopped(lambda: f"stopped: {dst} is whole" if Path(dst).exists() else f"stopped: nothing is kept, {dst} was not made"), ExitStack() as stack:
         shown: list[tuple[Progress, TaskID]] = []
 
         def tell(i: int, n: int, steps: int) -> None:

@@ -2,6 +2,9 @@
 import math
 import re
 import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -43,3 +46,13 @@ def truth(**settings: Any) -> None:
     """ValueError when one of the settings is neither true nor false: hydra makes text of `no`, which counts as true."""
     if wrong := [f"{name}={value}" for name, value in settings.items() if type(value) is not bool]:
         raise ValueError(f"{wrong[0]} must be true or false")
+
+
+@contextmanager
+def stopped(say: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM inside, where it is a SystemExit, end with one line on stderr: what was kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print(say(), file=sys.stderr)
+        raise

@@ -25,7 +25,7 @@ def merge(sources: Sequence[Path | str], dst: Path | str, *, missing: str = "err
     """
     if len(sources) < 2:
         raise ValueError(f"merging takes at least two datasets, got src={[str(s) for s in sources]}. Write src=[a.zarr,b.zarr]")
-    free(dst)
+    free(dst, *sources)
     stores = [Store.open(s, missing=missing) for s in sources]
     if wrong := [line for other in stores[1:] for line in differences(stores[0], other)]:
         raise DataError("these datasets do not fit together:\n  " + "\n  ".join(wrong)
@@ -56,7 +56,7 @@ def split(source: Path | str, dsts: Sequence[Path | str], *, ratio: float | Sequ
     for i, dst in enumerate(dsts):
         if str(dst) in [str(d) for d in dsts[:i]]:
             raise ValueError(f"dst names {dst} twice")
-        free(dst)
+        free(dst, source)
     if (ratio is None) == (episodes is None) or len(dsts) < 2:
         raise ValueError("splitting takes two or more dst and either a ratio or the episodes of each: dst=[train.zarr,val.zarr] ratio=0.9, or "
                          "episodes=[[0,1,2],[3]]")
@@ -114,7 +114,7 @@ def trim(source: Path | str, dst: Path | str, *, drop: Sequence[int] = (), keep:
     steps [lo, hi): of every episode, as python slices; null is the end.   shortest: episodes that have fewer steps left are left out.
     """
     store = Store.open(source, missing=missing)
-    free(dst)
+    free(dst, source)
     if drop and keep is not None:
         raise ValueError("say which episodes to drop or which to keep, not both")
     chosen = [i for i in (range(store.episodes) if keep is None else keep) if i not in set(drop)]

@@ -54,6 +54,7 @@ class Recorder:
         self._todo: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()  # ("write", frames), or what to do then and whom to tell
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     @property
     def episodes(self) -> int:
@@ -62,6 +63,7 @@ class Recorder:
 
     def add(self, frame: Frame) -> None:
         """One control step {key: array of one frame}. DataError when keys, shapes or kinds of numbers are not those of the first."""
+        self._still_open()
         self._complain()
         self._open(frame)
         if self._thread is None:
@@ -84,6 +86,7 @@ class Recorder:
 
         wait: False returns at once, for a loop that must go on; what the disk refuses is then told by the next call.
         """
+        self._still_open()
         self._complain()
         if not self.frames:
             raise DataError(f"{self.path}: an episode needs at least one frame, none was added")
@@ -100,12 +103,14 @@ class Recorder:
 
     def cancel(self) -> None:
         """Forget the frames added since the last end. Returns at once."""
+        self._still_open()
         self._block, self._bytes, self.frames = [], 0, 0
         self._attempt += 1  # what waits for the disk need not be written any more
         self._todo.put(("discard", None))
 
     def extend(self, episodes: Iterable[Mapping[str, np.ndarray]]) -> None:
         """Whole ones {key: (n, *shape)} at once, several in about the time of one."""
+        self._still_open()
         if self.frames:
             raise DataError(f"{self.path}: {self.frames} frames of another episode were added and not ended. end() or cancel() it first")
         ready = []
@@ -123,7 +128,8 @@ class Recorder:
             self._store.extend(ready)
 
     def close(self) -> None:
-        """Stop the thread when all is written; an episode that was not ended is forgotten, as if the process had died."""
+        """Stop the thread when all is written; an episode that was not ended is forgotten, as if the process had died. Nothing can be added any more."""
+        self._closed = True
         if self._thread is not None:
             self._todo.put(("stop", None))
             self._thread.join()
@@ -158,6 +164,10 @@ class Recorder:
             except queue.Empty:
                 if self._thread is None or not self._thread.is_alive():
                     return RuntimeError("the recording thread died: start a new Recorder")
+
+    def _still_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"{self.path}: this recorder is closed, and another may write there now. A new Recorder goes on behind the last episode")
 
     def _complain(self) -> None:
         if (error := self._error) is not None:

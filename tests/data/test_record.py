@@ -108,6 +108,21 @@ def test_two_recorders_do_not_share_a_dataset(tmp_path):
         Recorder(tmp_path / "d.zarr", fps=10, schema={"q": ((1,), "float32")})
 
 
+def test_a_closed_recorder_takes_nothing_more(tmp_path):
+    recorder = Recorder(tmp_path / "d.zarr", fps=10, schema=SCHEMA)
+    add_all(recorder, EPISODES[0])
+    recorder.close()
+    recorder.close()
+    with Recorder(tmp_path / "d.zarr", fps=10) as other:
+        add_all(other, EPISODES[1])
+        frame = {key: x[0] for key, x in EPISODES[0].items()}
+        for late in (lambda: recorder.add(frame), recorder.end, recorder.cancel, lambda: recorder.extend([EPISODES[0]])):
+            with pytest.raises(RuntimeError, match="this recorder is closed"):
+                late()
+        other.end()
+    assert_same(Store.open(tmp_path / "d.zarr"), [EPISODES[1]])
+
+
 def test_a_full_disk_loses_the_episode_and_says_so_and_the_next_one_is_kept(tmp_path, small_blocks, monkeypatch):
     real = local._put
 

@@ -104,7 +104,7 @@ def convert(src: Path | str, dst: Path | str, *, mapping: Rules | Mapping[str, A
     mapping and entries: see policy.data.convert.mapping; entries (fps=20, keys={…}) win.   missing: zeros reads the
     chunks of zeros that a zarr writer left out, see Store.open.   dst appears when it is complete, and is never overwritten.
     """
-    src, dst, rules = where(src), free(dst), Rules.of(mapping).but(**entries)
+    src, dst, rules = where(src), free(dst, src), Rules.of(mapping).but(**entries)
     if is_store(src) and not (rules.format and module(rules.format).detects(src)):
         return _back(src, dst, rules, missing)
     source = open_source(src, rules.format, **{"fps": rules.fps, "missing": missing, "skip": rules.skip, **rules.options})
