@@ -178,7 +178,7 @@ def episodes(bridge: Bridge, cfg: DictConfig, seeds: Sequence[int], ended: Ended
             return rows, f"before seed {seed}: {e}"
         start = time.monotonic()
         run(bridge, cfg, cfg.seconds or SIMULATED, lambda state: bool(ended) or won(state))
-        success = bridge.state is not None and won(bridge.state)
+        success = bridge.state is not None and won(bridge.state) and bridge.supervisor.mode != "STOP"
         if ended and not success:
             break
         rows.append({"seed": seed, "success": success, "seconds": round(time.monotonic() - start, 2),
