@@ -102,7 +102,8 @@ def ours(path, obs, **more):
 @pytest.mark.parametrize("obs, more", [
     ({"pose": "pose"}, {}), ({"y": {"key": "pose", "take": [1]}, "count": "count", "grip": "grip"}, {"count": "i2", "grip": "f8", "reward": "f4"})],
     ids=["one", "several"])
-@pytest.mark.parametrize("form, name", [("robomimic", "b.hdf5"), ("npz", "b.npz"), ("aloha", "b"), ("d4rl", "b.hdf5"), ("minari", "b")])
+@pytest.mark.parametrize("form, name", [("robomimic", "b.hdf5"), ("npz", "b.npz"), ("aloha", "b"), ("d4rl", "b.hdf5"), ("minari", "b"),
+                                        ("diffusion_policy", "b.zarr"), ("diffusion_policy", "b.zarr.zip")])
 def test_what_a_store_says_comes_back_from_other_formats(tmp_path, form, name, obs, more):
     told = ours(tmp_path / "ours.zarr", obs, **more)
     convert(told.path, tmp_path / name, format=form)
@@ -117,9 +118,21 @@ def test_what_a_store_says_comes_back_from_other_formats(tmp_path, form, name, o
     for key in told.keys:
         np.testing.assert_array_equal(again.read(key), told.read(key))
     back = convert(done.path, tmp_path / "back").path  # and the format itself, from the store that came from it
+    if form == "diffusion_policy" and back.is_dir():
+        for file in (f for f in (tmp_path / name).rglob("*") if f.is_file()):
+            assert file.read_bytes() == (back / file.relative_to(tmp_path / name)).read_bytes(), file
     files = sorted(p for p in (tmp_path / name).rglob("*.hdf5")) if back.is_dir() else [tmp_path / name]
-    for file in files if form != "npz" else []:
+    for file in files if form not in ("npz", "diffusion_policy") else []:
         assert_same_hdf5(file, back / file.relative_to(tmp_path / name) if back.is_dir() else back)
+
+
+def test_images_that_are_floats_come_back_from_a_replay_buffer_as_floats(tmp_path):
+    schema = {"image": ((16, 16, 3), "float32"), "action": ((2,), "float32")}
+    store = Store.create(tmp_path / "a.zarr", schema, fps=10)
+    store.append({"image": RNG.integers(0, 256, (5, 16, 16, 3)).astype("f4"), "action": np.ones((5, 2), "f4")})
+    again = Store.open(convert(convert(store.path, tmp_path / "b.zarr", format="diffusion_policy").path, tmp_path / "c.zarr").path)
+    assert again.schema == {k: (s, np.dtype(t)) for k, (s, t) in schema.items()} and "task" not in again.attrs
+    np.testing.assert_array_equal(again.read("image"), store.read("image"))
 
 
 @pytest.mark.parametrize("form, key", [("d4rl", "terminals"), ("minari", "terminations")])

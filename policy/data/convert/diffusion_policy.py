@@ -18,6 +18,7 @@ import zarr
 from zarr.storage import LocalStore, ZipStore
 
 from policy.data.convert.back import Origin
+from policy.data.convert.own import NAME, Own, dump, load
 from policy.data.convert.source import Episode, Source
 from policy.data.files import DataError, Files
 from policy.data.semantics import Semantics
@@ -45,19 +46,27 @@ def read(path: Path, *, images: str = "auto", missing: str = "error") -> Source:
         raise ValueError(f"images is auto or keep, got {images!r}")
     store = Store.open(path, missing=missing)
     files, notes = Files(path), list[str]()
-    whole = [k for k, (shape, dtype) in store.schema.items() if images == "auto" and _pixels(shape, dtype) and _looks_whole(store, k)]
+    own = load(store.attrs.get(NAME), notes)
+    whole = [k for k, (shape, dtype) in store.schema.items() if images == "auto" and not own.said and _pixels(shape, dtype) and _looks_whole(store, k)]
     schema = {k: (shape, np.dtype("uint8") if k in whole else dtype) for k, (shape, dtype) in store.schema.items()}
     notes += [f"{k} holds whole numbers 0 to 255 as {store.schema[k][1]} and is stored as uint8" for k in whole]
     keep = {"format": files.format, "floats": {k: store.schema[k][1].str for k in whole},
             "attrs": dict(store.attrs), "arrays": {k: _how(files.array(f"data/{k}")) for k in store.keys}, ENDS: _how(files.array(ENDS)),
             "meta": _meta(files, notes)}
     umi = sorted({int(m[1]) for k in store.keys if (m := UMI.fullmatch(k))})
-    common: dict[str, Any] = {"fps": store.fps, "units": store.units, "notes": notes, "keep": keep}
-    if "action" not in schema and umi and all(f"robot{i}_{part}" in schema for i in umi for part in ("eef_pos", "eef_rot_axis_angle")):
+    common: dict[str, Any] = {"fps": own.fps or store.fps, "units": own.units or store.units, "notes": notes, "keep": keep, "names": own.keys}
+    if own.said:
+        common |= _said(own, schema)
+    elif "action" not in schema and umi and all(f"robot{i}_{part}" in schema for i in umi for part in ("eef_pos", "eef_rot_axis_angle")):
         common |= _umi(umi, schema)
     else:
         common["action"] = "action" if "action" in schema else None
     return Source(path, "diffusion_policy", schema, partial(_episodes, store, whole), store.episodes, **common)
+
+
+def _said(own: Own, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """What the store said that it was written from."""
+    return {"action": "action" if "action" in schema else None, "semantics": own.semantics, "obs": own.obs, "attrs": own.attrs("")}
 
 
 def _umi(robots: list[int], schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,14 +132,14 @@ def _meta(files: Files, notes: list[str]) -> dict[str, Any]:
 
 
 def write(store: Store, path: Path) -> list[str]:
-    """A replay buffer in zarr v2, a .zip where path ends so; returns what was left out and why."""
+    """A replay buffer in zarr v2, a .zip where path ends so, and what only we say, see own.py; returns what was left out and why."""
     origin = Origin.of(store, "diffusion_policy")
     keep, notes = origin.keep, origin.notes
     if keep.get("format") == 3:
         notes.append("written as zarr v2, which Diffusion Policy reads, not v3 as it was")
     place = ZipStore(path, mode="w") if path.suffix == ".zip" else LocalStore(path)
     try:
-        root = zarr.create_group(place, zarr_format=2, attributes=dict(keep.get("attrs", {})))
+        root = zarr.create_group(place, zarr_format=2, attributes=dict(keep.get("attrs", {})) if origin.came else {NAME: dump(origin)})
         for group in ("data", "meta"):
             root.create_group(group)
         schema = {name: (shape, np.dtype(keep.get("floats", {}).get(name, dtype))) for name, (shape, dtype) in origin.schema.items()}
