@@ -9,6 +9,7 @@ What comes back: every column under its own name but index, episode_index and fr
 task (attribute `tasks`); images and videos (n, h, w, 3) uint8. Columns of text or of lists that vary in length are left out, and said.
 """
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from policy.data.convert import video
 from policy.data.convert.images import read_image
 from policy.data.convert.lerobot_meta import Layout
 from policy.data.convert.lerobot_write import write
+from policy.data.convert.own import Own
 from policy.data.convert.source import Episode, Source
 from policy.data.files import DataError
 from policy.data.semantics import Semantics
@@ -57,37 +59,40 @@ def read(path: Path | str, *, videos: str = "decode", tolerance: float = video.T
         raise ValueError(f"tolerance is a time in s above 0, got {tolerance!r}")
     layout = meta.open_layout(path)
     notes: list[str] = []
-    columns = _columns(layout, videos, notes)
-    own = meta.read_own(layout.path)
+    own = meta.read_own(layout.path, notes)
+    columns = _columns(layout, videos, notes, meta.shapes(own))
     texts = [layout.tasks[i] for i in sorted(layout.tasks)]
-    attrs = {**own.get("attrs", {}), "names": {k: flat for k in columns if (flat := meta.flat_names(layout.features[k]))}}
+    attrs: dict[str, Any] = {"names": {k: flat for k in columns if (flat := meta.flat_names(layout.features[k]))}}
     if layout.info.get("robot_type") not in (None, "unknown"):
         attrs["robot"] = layout.info["robot_type"]
-    attrs |= {"task": texts[0]} if len(texts) == 1 else {"tasks": texts}
+    if len(texts) != 1:
+        attrs["tasks"] = texts
+    elif texts[0] or not own.columns:
+        attrs["task"] = texts[0]
     return Source(
         path=layout.path, format="lerobot", schema={k: (c.shape, c.dtype) for k, c in columns.items()},
         episodes=partial(_episodes, layout, columns, float(tolerance)), count=len(layout.rows), fps=float(layout.info["fps"]),
-        units=own.get("units", {}), action="action" if "action" in columns else None, semantics=_semantics(layout, own), attrs=attrs, notes=notes,
-        keep=meta.keep(layout),
-        obs=[k for k, c in columns.items() if k.startswith("observation.") and c.kind == "table"] or None)
+        units=own.units, action="action" if "action" in columns else None, semantics=_semantics(layout, own), attrs=attrs, notes=notes,
+        keep=meta.keep(layout), names={k: stored for k, stored in own.keys.items() if k in columns},
+        obs=own.obs if own.columns else [k for k, c in columns.items() if k.startswith("observation.") and c.kind == "table"] or None)
 
 
-def _semantics(layout: Layout, own: Mapping[str, Any]) -> Semantics:
+def _semantics(layout: Layout, own: Own) -> Semantics:
     """LeRobot does not say what an action means, only its channels' names."""
-    if own.get("action"):
-        return Semantics.from_json(own["action"])
+    if own.columns or own.semantics != Semantics():
+        return own.semantics
     flat = meta.flat_names(layout.features.get("action", {}))
     state = flat and flat == meta.flat_names(layout.features.get("observation.state", {}))
     return Semantics(of="observation.state" if state else None, text=f"LeRobot does not say; channels {', '.join(flat)}" if flat else "")
 
 
-def _columns(layout: Layout, videos: str, notes: list[str]) -> dict[str, Column]:
-    """The features that can be had, in the order of info.json; the others are noted."""
+def _columns(layout: Layout, videos: str, notes: list[str], stored: Mapping[str, tuple[int, ...]]) -> dict[str, Column]:
+    """The features that can be had, in the order of info.json; the others are noted.   stored: shapes of a store's keys, where it is made of one."""
     pa, pq = meta.arrow()
     schema = meta.guarded(layout.path / layout.data_files()[0], lambda f: pq.read_schema(f))
     found = {}
     for key, feature in layout.features.items():
-        if key in COUNTED or (key == "task_index" and len(layout.tasks) <= 1):
+        if key in COUNTED or (key == "task_index" and len(layout.tasks) <= 1) or (key == "timestamp" and stored and key not in stored):
             continue
         if feature["dtype"] == "video":
             if why := _without_video(layout, key, feature, videos):
@@ -107,6 +112,7 @@ def _columns(layout: Layout, videos: str, notes: list[str]) -> dict[str, Column]
             if not (pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_boolean(value)) or 0 in shape:
                 notes.append(f"{key} is left out: {feature['dtype']} {list(feature['shape'])} is not a number or a list of as many numbers in each row")
             else:
+                shape = said if math.prod(said := stored.get(key, shape)) == math.prod(shape) else shape  # LeRobot has no (1,), which it calls a number
                 found[key] = Column("table", shape, np.dtype(value.to_pandas_dtype()))
     for name in schema.names:
         if name not in layout.features:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from policy.data.convert.own import Own, load
 from policy.data.files import DataError
 
 INFO, TASKS, EPISODES, STATS = "meta/info.json", "meta/tasks", "meta/episodes", "meta/stats.json"
 EPISODE_STATS = "meta/episodes_stats.jsonl"  # v2.1
-OWN = "meta/dipole.json"  # what LeRobot has no place for: units, what the action means
+OWN = "meta/dipole.json"  # what LeRobot has no place for, see own.py: units, what the action means, the names and shapes of a store's keys
 DATA_V2, VIDEO_V2 = ("data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
                      "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4")
 DATA_V3, VIDEO_V3 = ("data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
@@ -251,8 +252,14 @@ def flat_names(feature: Mapping[str, Any]) -> list[str]:
     return list(names) if fine and names else []
 
 
-def read_own(path: Path) -> dict[str, Any]:
-    return _json(path / OWN) if (path / OWN).is_file() else {}
+def read_own(path: Path, notes: list[str]) -> Own:
+    return load((path / OWN).read_text(encoding="utf-8", errors="replace") if (path / OWN).is_file() else None, notes)
+
+
+def shapes(own: Own) -> dict[str, tuple[int, ...]]:
+    """{column: shape} of the keys of a store that was written as LeRobot; {} for a dataset that came from elsewhere."""
+    columns = {stored: name for name, stored in own.keys.items()}
+    return {columns.get(key, key): shape for key, shape, _ in own.columns}
 
 
 def keep(layout: Layout) -> dict[str, Any]:
@@ -262,7 +269,8 @@ def keep(layout: Layout) -> dict[str, Any]:
     episodes = [{"row": row, "tasks": list(old.get("tasks") or []), "stats": {}} for row, old in zip(rows, layout.rows, strict=True)]
     for entry, stats in zip(episodes, _episode_stats(layout, again), strict=False):
         entry["stats"] = stats
-    return {"info": layout.info, "tasks": [[i, text] for i, text in layout.tasks.items()], "episodes": episodes}
+    own = {"own": _json(layout.path / OWN)} if read_own(layout.path, []).columns else {}
+    return {"info": layout.info, "tasks": [[i, text] for i, text in layout.tasks.items()], "episodes": episodes, **own}
 
 
 def _episode_stats(layout: Layout, of: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ they were. Not equal bit for bit: PNG and mp4 bytes, and statistics of cameras t
 reader leaves out; paths of files and how many rows of v3 share one.
 """
 import copy
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +19,11 @@ import numpy as np
 
 from policy.data.convert import lerobot_files as files
 from policy.data.convert import lerobot_meta as meta
-from policy.data.convert import lerobot_stats
+from policy.data.convert import lerobot_stats, own
 from policy.data.convert.back import Origin
 from policy.data.convert.source import Episode
 from policy.data.files import DataError
+from policy.data.semantics import Semantics
 from policy.data.store import Store
 
 COUNTED = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64", "task_index": "int64"}
@@ -78,7 +80,8 @@ class _Writer:
         return cls(store, path, origin, cameras, absent, info if same else {}, features, _tasks(store, origin), out)
 
     def add(self, i: int, episode: Episode) -> None:
-        found = {name: x[:, 0] if x.shape[1:] == (1,) and not self.origin.came else x for name, x in episode.items()}
+        ours = meta.shapes(own.load(json.dumps(self.origin.keep.get("own")), []))  # of a store before, whose (1,) was written as a number
+        found = {name: x[:, 0] if x.shape[1:] == (1,) and (name in ours or not self.origin.came) else x for name, x in episode.items()}
         n = len(next(iter(found.values())))
         found.setdefault("timestamp", (np.arange(n) / float(self.store.fps or 0)).astype(np.float32))
         found.setdefault("task_index", np.full(n, next(iter(self.tasks)), np.int64))
@@ -107,8 +110,8 @@ class _Writer:
     def finish(self) -> None:
         self.files.close()
         files.write_json(self.path / meta.INFO, self._info())
-        if own := self._own():
-            files.write_json(self.path / meta.OWN, own)
+        if said := self._own():
+            files.write_json(self.path / meta.OWN, said)
         if self.files.v3:
             files.write_tasks(self.path, self.tasks)
             files.write_episodes(self.path, self.rows, self.stats)
@@ -131,12 +134,15 @@ class _Writer:
         return {**new, **self.old, **counted, **splits}
 
     def _own(self) -> dict[str, Any]:
-        """What LeRobot has no place for."""
-        names, action = self.origin.names, dict(self.store.attrs.get("action") or {})
+        """What LeRobot has no place for; names and shapes too, but of a dataset that was LeRobot's own before."""
+        if not self.origin.came:
+            return json.loads(own.dump(self.origin, columns=list(self.origin.names)))
+        names, action, before = self.origin.names, dict(self.store.attrs.get("action") or {}), self.origin.keep.get("own", {})
         action["of"] = names.get(action.get("of") or "")
         known = action.get("kind", "unknown") != "unknown" or action.get("space", "unknown") != "unknown"
+        known = known and Semantics.from_json(action) != own.load(json.dumps(before), []).semantics
         units = {names[k]: u for k, u in self.store.units.items() if k in names}
-        return {**({"units": units} if units else {}), **({"action": action} if known else {})}
+        return {**before, **({"units": units} if units else {}), **({"action": action} if known else {})}
 
 
 def _rename(origin: Origin) -> None:
