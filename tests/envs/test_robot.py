@@ -280,3 +280,18 @@ def test_it_ends_with_its_parent_and_refuses_what_is_no_task():
     robot.stdout.close()
     done = subprocess.run([sys.executable, "-m", "envs.robot", "--task", "envs.gantry:REACH"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "names no task" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setscheduler"), reason="needs Linux")
+def test_it_compresses_its_recording_as_an_ordinary_process(tmp_path):
+    """With real-time priority, seconds of it kept a core from every other robot on the computer, and their watchdogs tripped."""
+    code = ("import os, sys; from envs import robot; "
+            "robot.Log.save = lambda self, path, twin: print('SCHEDULER', os.sched_getscheduler(0), flush=True); "
+            "robot.main(['--task', 'envs.gantry:Gantry', '--priority', '5', '--keep', '0.1', '--log', sys.argv[1]])")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "log.npz")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    said = json.loads(process.stdout.readline())["scheduling"]
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=20)[0]
+    if said.startswith("normal"):
+        pytest.skip(said)
+    assert f"SCHEDULER {os.SCHED_OTHER}" in out
