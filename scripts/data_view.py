@@ -1,4 +1,5 @@
 """One episode as a page to scrub through, findings marked: dipole data view path=demos/gantry.zarr episode=3."""
+import math
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,12 +12,16 @@ from policy.data.validate import check
 from policy.data.view import view
 from policy.train.log import console
 from scripts.data_validate import beside, opened
-from scripts.settings import plain
+from scripts.settings import plain, truth, whole
 from scripts.verb import verb
 
 
 @verb("data_view")
 def start(cfg: DictConfig) -> None:
+    whole(0, episode=cfg.episode)
+    truth(findings=cfg.findings)
+    if cfg.fps is not None and not (type(cfg.fps) in (int, float) and 0 < cfg.fps < math.inf):
+        raise ValueError(f"fps={cfg.fps} must be a rate in Hz above 0")
     d = plain(cfg)
     path, episode, form, findings = where(d.pop("path")), d.pop("episode"), d.pop("as"), d.pop("findings")
     missing = d.pop("missing")

@@ -42,6 +42,11 @@ def number(least: float, **settings: Any) -> None:
         raise ValueError(f"{wrong[0]} must be a number from {least:g}")
 
 
+def listed(value: Any) -> list[Any]:
+    """A bare word or number is a list of one: `drop=3` is `drop=[3]`; nothing is none."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
 def truth(**settings: Any) -> None:
     """ValueError when one of the settings is neither true nor false: hydra makes text of `no`, which counts as true."""
     if wrong := [f"{name}={value}" for name, value in settings.items() if type(value) is not bool]:

@@ -1,4 +1,5 @@
 """New datasets from old ones: merged, split, trimmed. The old ones stay as they are; attributes go along; nothing is overwritten."""
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ def split(source: Path | str, dsts: Sequence[Path | str], *, ratio: float | Sequ
     if (ratio is None) == (episodes is None) or len(dsts) < 2:
         raise ValueError("splitting takes two or more dst and either a ratio or the episodes of each: dst=[train.zarr,val.zarr] ratio=0.9, or "
                          "episodes=[[0,1,2],[3]]")
+    if episodes is not None and (isinstance(episodes, str) or not all(isinstance(e, Sequence) and not isinstance(e, str) for e in episodes)):
+        raise ValueError(f"episodes is a list of episodes for each dst, like episodes=[[0,1,2],[3]], got {episodes}")
     dealt = [list(e) for e in episodes] if episodes is not None else deal(store.episodes, ratio if ratio is not None else 0, len(dsts), seed)
     if len(dealt) != len(dsts):
         raise ValueError(f"{len(dsts)} datasets are to be made, but episodes has {len(dealt)} lists")
@@ -79,8 +82,9 @@ def _are_there(store: Store, named: Sequence[int], setting: str) -> None:
 
 def deal(n: int, ratio: float | Sequence[float], parts: int, seed: int) -> list[list[int]]:
     """Sorted episode numbers of each part."""
-    shares = [ratio, 1 - ratio] if isinstance(ratio, int | float) else [float(r) for r in ratio]
-    if len(shares) != parts or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+    said: list[Any] = [ratio, 1 - ratio] if isinstance(ratio, int | float) else list(ratio)
+    shares = [float(r) if isinstance(r, int | float) else math.nan for r in said]
+    if len(shares) != parts or not min(shares) > 0 or not abs(sum(shares) - 1) <= 1e-6:
         raise ValueError(f"ratio is a share above 0 for each of the {parts} datasets, one in all (or the first one's, of two), got {ratio}")
     if n < parts:
         raise ValueError(f"{n} episodes cannot be dealt out to {parts} datasets")

@@ -71,7 +71,7 @@ def test_the_rule_of_names():
 # ---------------------------------------------------------------- the mapping
 @pytest.mark.parametrize("said, message", [
     ({"fsp": 20}, r"'fsp' is no entry of a mapping. Did you mean fps\?"), ({"fps": -1}, "rate in Hz above 0"), ({"fps": "fast"}, "rate in Hz"),
-    ({"keys": {"q": "a/b"}}, "cannot be a stored key"), ({"keys": ["q"]}, "is written {source name: …}"), ({"skip": "q"}, "skip of a mapping is a list"),
+    ({"keys": {"q": "a/b"}}, "cannot be a stored key"), ({"keys": ["q"]}, "is written {source name: …}"), ({"skip": 3}, "skip of a mapping is a list"),
     ({"action": {"kind": "deltas"}}, "kind='deltas' of an action is unknown"), ({"action": {"knd": "delta"}}, "knd says nothing about an action"),
     ({"action_from": {"kye": "q"}}, "is not understood"), ({"action_from": {"key": "q", "shift": -1}}, "counts steps into the future"),
     ({"action_from": "p"}, r"action_from: 'p' is not in .*known: t, q"), ({"action_from": {"key": "q", "take": [2]}}, r"has shape \(2,\) per step"),
@@ -109,6 +109,15 @@ def test_what_is_said_wins_over_the_file(arrays, tmp_path):
     assert Semantics.from_json(store.attrs["action"]).kind == "velocity" and store.action_semantics == "rad/s"
     np.testing.assert_array_equal(store.read("action"), np.concatenate([store.read("right"), store.read("left")], 1))
     assert done.notes == ("left out as asked: t, rewards",)
+
+
+def test_a_bare_word_is_a_list_of_one(arrays, tmp_path):
+    (tmp_path / "m.yaml").write_text("{fps: 20, action_from: right, skip: grip, obs: left}")
+    store = Store.open(convert(arrays, tmp_path / "a.zarr", mapping=tmp_path / "m.yaml", skip="rewards").path)
+    assert store.keys == ["action", "left", "q", "t"] and store.attrs["obs"] == {"left": "left"}
+    assert Rules.of({"video": "front"}) == Rules(video=["front"])
+    with pytest.raises(ValueError, match="skip: 'fo' matches none"):
+        convert(arrays, tmp_path / "b.zarr", fps=20, action_from="right", skip="fo")
 
 
 # ---------------------------------------------------------------- actions

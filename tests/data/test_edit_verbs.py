@@ -1,4 +1,5 @@
 """dipole data convert, merge, split, trim and stats as typed: what is printed last, exit codes, one-line errors."""
+import importlib
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from policy.data import Store
 
@@ -48,3 +50,41 @@ def test_from_a_file_to_statistics(say, tmp_path):
         code, _, err = say(*words)
         assert code == 1 and err.startswith("error: ") and told in err and len(err.splitlines()) == 1, (words, err)
     assert not (tmp_path / "c.zarr").exists()
+
+
+@pytest.fixture
+def four(tmp_path):
+    store = Store.create(tmp_path / "a.zarr", {"action": ((2,), "float32"), "foo": ((), "float32")}, fps=10)
+    store.extend([{"action": np.full((5, 2), e, "f4"), "foo": np.zeros(5, "f4")} for e in range(4)])
+    return store.path
+
+
+def run(task, *typed):
+    """The verb itself, without hydra around it."""
+    known = OmegaConf.load(ROOT / "conf" / f"data_{task}.yaml")
+    del known["hydra"], known["defaults"]
+    importlib.import_module(f"scripts.data_{task}").start.__wrapped__(OmegaConf.merge(known, OmegaConf.from_dotlist(list(typed))))
+
+
+@pytest.mark.parametrize("task, typed, said", [
+    ("view", "episode=abc", "episode='abc' must be a whole number from 0"), ("view", "episode=1.5", "episode=1.5 must be a whole number"),
+    ("view", "findings=maybe", "findings=maybe must be true or false"), ("view", "fps=-3", "fps=-3 must be a rate in Hz above 0"),
+    ("split", "ratio=abc", "ratio is a share above 0 for each of the 2 datasets.*got abc"), ("split", "ratio=[a,b]", r"ratio is a share .*got \['a', 'b'\]"),
+    ("split", "ratio=.nan", "ratio is a share"), ("split", "episodes=abc", r"episodes=\[\[0,1,2\],\[3\]\], got abc"),
+    ("split", "episodes=[1,2]", r"got \[1, 2\]"),
+    ("trim", "idle={where: both, still: abc}", "idle.still='abc' must be a number"),
+    ("trim", "idle={where: both, margin: x}", "idle.margin='x' must be a whole"),
+    ("trim", "keep=x", "keep names episode 'x'")])
+def test_settings_that_cannot_be_are_told_in_a_line(four, tmp_path, task, typed, said):
+    made = f"{tmp_path}/b.zarr" if task == "trim" else f"[{tmp_path}/b.zarr,{tmp_path}/c.zarr]"
+    places = [f"path={four}"] if task == "view" else [f"src={four}", f"dst={made}"]
+    with pytest.raises(ValueError, match=said):
+        run(task, *places, typed)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+
+
+def test_what_is_trimmed_may_be_one_without_brackets(four, tmp_path):
+    run("trim", f"src={four}", f"dst={tmp_path}/b.zarr", "drop=1", "drop_keys=foo")
+    run("trim", f"src={four}", f"dst={tmp_path}/c.zarr", "keep=2")
+    b, c = Store.open(tmp_path / "b.zarr"), Store.open(tmp_path / "c.zarr")
+    assert (b.keys, b.episodes, c.episodes, c.read("action")[0, 0]) == (["action"], 3, 1, 2)

@@ -1,4 +1,4 @@
-"""How a foreign dataset's keys become the store's, in a small yaml; every entry may be left out.
+"""How a foreign dataset's keys become the store's, in a small yaml; every entry may be left out, and a list of one name needs no brackets.
 
 format: robomimic                        # which reader; found out when left out
 fps: 20                                  # Hz. With time stamps (clock) of another rate the episodes are resampled to it
@@ -59,8 +59,12 @@ class Rules:
         for name in ("keys", "units", "options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} of a mapping is written {{source name: …}}, got {getattr(self, name)!r}")
-        if isinstance(self.skip, str) or not all(isinstance(s, str) for s in self.skip):
-            raise ValueError(f"skip of a mapping is a list of names such as [next_obs/*], got {self.skip!r}")
+        for name in ("skip", "video", "obs"):
+            if isinstance(one := getattr(self, name), str):
+                object.__setattr__(self, name, [one])
+        for name, value in (("skip", self.skip), ("video", self.video)):
+            if not isinstance(value, Sequence) or not all(isinstance(s, str) for s in value):
+                raise ValueError(f"{name} of a mapping is a list of names such as [next_obs/*], got {value!r}")
         if self.fps is not None and not (isinstance(self.fps, int | float) and 0 < self.fps < float("inf")):
             raise ValueError(f"fps is a rate in Hz above 0, got {self.fps!r}")
         if wrong := {k: v for k, v in self.keys.items() if not legal(v)}:
@@ -94,8 +98,8 @@ class Rules:
         mine = asdict(self)
         said: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         said |= {k: {**mine[k], **said[k]} for k in ("keys", "units", "options") if k in said and isinstance(said[k], Mapping)}
-        if not isinstance(said.get("skip", ""), str):
-            said["skip"] = [*mine["skip"], *said["skip"]]
+        if "skip" in said:
+            said["skip"] = [*mine["skip"], *replace(self, skip=said["skip"]).skip]
         return replace(self, **said)
 
     def parts(self, default: Any = None) -> list[Part] | None:
