@@ -100,11 +100,12 @@ def timeline(out: Path, journal: Journal, robot: RobotSpec, *, last: bool = Fals
         axes[0].plot([landed, end], [y, y], color="#2563eb", lw=5, alpha=0.75, solid_capstyle="butt")
         axes[0].plot([start], [y], "|", color="#1b1f24", ms=9)
     axes[0].set(yticks=[], ylabel="chunks", title="observed |, planned and sent (grey), then as far as it reaches (blue)")
+    jumps = np.r_[False, np.diff(t) > 1.5 / robot.rate]  # between episodes
     for mode, colour in COLOURS.items():
-        axes[1].fill_between(t[keep], 0, 1, where=(a["mode"] == mode)[keep], step="post", color=colour, label=mode, lw=0)
+        here = a["mode"] == mode
+        axes[1].fill_between(t[keep], 0, 1, where=(here | np.r_[False, here[:-1]] & ~jumps)[keep], step="post", color=colour, label=mode, lw=0)
     axes[1].set(yticks=[], ylabel="mode", ylim=(0, 1))
     axes[1].legend(ncol=5, fontsize=7, loc="upper left", bbox_to_anchor=(0, 2.3), frameon=False)
-    jumps = np.r_[False, np.diff(t) > 1.5 / robot.rate]  # between episodes
 
     def line(ax: Any, x: np.ndarray, **style: Any) -> None:
         ax.plot(t[keep], np.where(jumps, np.nan, x)[keep], **style)
