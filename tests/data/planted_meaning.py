@@ -7,12 +7,24 @@ from recordings import Arrays, lengths, repeat
 from policy.data.semantics import Semantics
 
 
+def delay(d: Arrays, episodes, steps: int) -> None:
+    """The first action repeated; negative: the last one, and they come early."""
+    for e in episodes:
+        n, x = lengths(d)[e], d.arrays["action"][d.span(e)]
+        x[:] = x[np.clip(np.arange(n) - steps, 0, n - 1)]
+
+
 def late(steps: int) -> Callable[[Arrays], list[tuple]]:
     def plant(d: Arrays) -> list[tuple]:
-        for e in range(len(d.episode_ends)):
-            x = d.arrays["action"][d.span(e)]
-            x[steps:], x[:steps] = x[:-steps].copy(), x[0]
+        delay(d, range(len(d.episode_ends)), steps)
         return [("action", 0, None, 0, 0)]
+    return plant
+
+
+def late_in(episodes, steps: int) -> Callable[[Arrays], list[tuple]]:
+    def plant(d: Arrays) -> list[tuple]:
+        delay(d, episodes, steps)
+        return [("action", 0, e, 0, lengths(d)[e]) for e in episodes]
     return plant
 
 

@@ -5,8 +5,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policy.data.checks.finding import Finding, Place, finding, some
+from policy.data.checks.late import Goes, periodic, uneven
 from policy.data.checks.look import Data
-from policy.data.checks.relate import Array, changes, correlation, joined, moving_states, rates, shifted
+from policy.data.checks.relate import LEFT, Array, better, changes, correlation, joined, moving_states, rates, shifted
 from policy.page import counted
 
 PAST, AHEAD = 8, 24        # lags looked at [steps]
@@ -15,9 +16,7 @@ COPY = 1e-4                # of a state's spread: an action this close to it is 
 TRACKS = 0.5               # a target stays this close to the state it commands, in spreads of that state; or, where it is scaled,
 LEVEL, NEAR = 0.85, 8      # its level goes with that of a state at most so many steps away, clearly better than with any change
 DELAY = 0.3                # seconds after which a reaction is worth a note
-LEFT = 0.75                # or, where motions are slow and all lags fit well, the share of the unexplained variance that the better lag leaves
 SURE = 0.15                # by as much one lag leads where the action may answer the state, as a controller's does
-PEAK = 0.8                 # of the best lag's correlation: another peak this high, and the motion is periodic
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,6 @@ class Pairs:
         """(d,): action channels that say by how much a state channel shall change."""
         level, change = self.best
         return (change > np.maximum(CLEAR, self.target.max(axis=0))) & better(change, level) & ~self.targets
-
-
-def better(a: Array, b: Array) -> NDArray[np.bool_]:
-    """Whether correlations a explain clearly more than b."""
-    return (a > b) & (1 - a ** 2 < LEFT * (1 - np.maximum(b, 0) ** 2))
 
 
 def pairs(data: Data) -> Pairs | None:
@@ -147,19 +141,22 @@ def looks(data: Data) -> dict[str, object]:
 
 
 def lag(data: Data) -> list[Finding]:
-    """When the state follows the action: never before it."""
+    """When the state follows the action: never before it, and in every episode alike."""
     found, curve = pairs(data), lag_curve(data)
-    if found is None or curve is None or curve[0] == "level":
+    if found is None or curve is None:
         return []
     kind, lags, mean = curve
     use = np.flatnonzero(found.targets & found.tracked if kind == "target" else found.deltas)
     best = int(lags[mean.argmax()])
     if kind == "target" and (copied := copies(data, found, use)):
         return copied
-    if periodic(lags, mean, best):
+    sure = kind != "change" or data.semantics.kind in ("delta", "velocity")  # an effort may answer the state's change: that is how a controller damps
+    other = min(kinds_of_episodes(data).values(), key=len)  # of them it is said that they are of another kind
+    if sure and (differ := uneven(data, together(found, kind), other)):
+        return differ
+    if kind == "level" or periodic(lags, mean, best):
         return []
     fix = later(data, best)
-    sure = kind == "target" or data.semantics.kind in ("delta", "velocity")  # an effort may answer the state's change: that is how a controller damps
     first = float(mean[lags >= 0].max())
     clear = mean.max() > first + MARGIN or 1 - mean.max() ** 2 < LEFT * (1 - first ** 2)
     if best < 0 and (clear if sure else mean.max() > first + SURE):
@@ -175,6 +172,20 @@ def lag(data: Data) -> list[Finding]:
                         why="A slow robot, or actions stamped early: the observation shows little of what the newest actions did.",
                         fix="A horizon of several times that lag; and the action as observation, if the robot knows it", lag=best)]
     return []
+
+
+def together(found: Pairs, kind: str) -> Goes:
+    """What an episode's lag is measured by."""
+    level = kind == "change"
+    use = np.flatnonzero(found.deltas if level else (found.targets & found.tracked) if (found.targets & found.tracked).any() else found.targets)
+    of = (found.of_change if level else found.of_target)[use]
+    x = found.action[:, use] - found.action[:, use].mean(axis=0) if level else changes(found.action[:, use], found.episode)
+    y = changes(found.state[:, of], found.episode)
+    best = [int(found.lags[found.change[:, c].argmax()]) for c in use]
+    sign = [np.sign(correlation(x[:, [i]], y[:, [i]], found.episode, k)[0, 0]) or 1.0 if level else 1.0 for i, k in enumerate(best)]
+    scale = np.stack([np.sqrt((v ** 2).mean(axis=0)) + 1e-300 for v in (x, y)])
+    leap = np.maximum(6 * scale, 3 * np.stack([np.quantile(np.abs(v), 0.995, axis=0) for v in (x, y)]))
+    return Goes(use, [found.columns[j] for j in of], level, scale, leap, np.array(sign))
 
 
 def copies(data: Data, found: Pairs, use: NDArray[np.intp]) -> list[Finding]:
@@ -195,13 +206,6 @@ def later(data: Data, lag: int) -> str:
     shift = max(1, 1 - lag)
     return f"Check which clock stamped them; to take each action {counted(shift, 'step')} later, convert with action_from: " \
         f"[{{key: {data.action}, shift: {shift}}}] in the mapping"
-
-
-def periodic(lags: NDArray[np.int64], mean: Array, best: int) -> bool:
-    """Whether another lag fits about as well, beyond a valley: a gait, in which before and after are the same."""
-    far = np.abs(lags - best) > 3
-    valley = [mean[(lags > min(k, best)) & (lags < max(k, best))].min() for k in lags[far]]
-    return bool(((mean[far] > PEAK * mean.max()) & (np.array(valley) < 0.6 * mean.max())).any())
 
 
 def meaning(data: Data) -> list[Finding]:

@@ -12,6 +12,7 @@ from policy.data.checks.look import STRETCH, Data
 FRAMES = 2**15  # of the sample, for correlations
 RATE = 0.8      # correlation of a channel with the change of another, whose rate it then is
 RATES = re.compile(r"vel|speed|torque|force|effort|current|accel|gyro|imu|contact")  # what may change at once when something is touched
+LEFT = 0.75     # share of the unexplained variance that a clearly better correlation leaves, where all are high
 Array = NDArray[np.float64]
 
 
@@ -61,6 +62,11 @@ def correlation(a: Array, s: Array, episode: NDArray[np.int64], lag: int) -> Arr
     s = s[j]
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.nan_to_num(a.T @ s / np.sqrt((a * a).sum(axis=0)[:, None] * (s * s).sum(axis=0)))
+
+
+def better(a: Array, b: Array) -> NDArray[np.bool_]:
+    """Whether correlations a explain clearly more than b."""
+    return (a > b) & (1 - a ** 2 < LEFT * (1 - np.maximum(b, 0) ** 2))
 
 
 def rates(data: Data, key: str) -> NDArray[np.bool_]:
