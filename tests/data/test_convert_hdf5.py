@@ -243,10 +243,10 @@ def test_a_store_from_elsewhere_opens_in_minari(dataset, tmp_path, monkeypatch):
 
 
 def test_a_minari_dataset_in_arrow_is_refused(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/metadata.json").write_text('{"data_format": "arrow"}')
+    (tmp_path / "set/data").mkdir(parents=True)
+    (tmp_path / "set/data/metadata.json").write_text('{"data_format": "arrow"}')
     with pytest.raises(DataError, match=r"format 'arrow'; hdf5 is read.*data_format='hdf5'"):
-        convert(tmp_path, tmp_path / "a.zarr", format="minari")
+        convert(tmp_path / "set", tmp_path / "a.zarr", format="minari")
 
 
 # ---------------------------------------------------------------- ACT and ALOHA
