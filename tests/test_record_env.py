@@ -31,7 +31,7 @@ def test_a_box_environment_is_recorded_as_obs_and_replays(tmp_path):
         env = Record(gymnasium.make("CartPole-v1"), recorder)
         want = [episode(env, seed) for seed in range(3)]
         episode(env, 3, steps=4)  # cut short: forgotten
-        env.close()
+    env.close()
     store = Store.open(tmp_path / "d.zarr")
     assert store.episodes == 3
     plain = gymnasium.make("CartPole-v1")

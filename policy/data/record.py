@@ -102,8 +102,9 @@ class Recorder:
             raise self._lost(error) from error
 
     def cancel(self) -> None:
-        """Forget the frames added since the last end. Returns at once."""
-        self._still_open()
+        """Forget the frames added since the last end. Returns at once; nothing is left to forget once it is closed."""
+        if self._closed:
+            return
         self._block, self._bytes, self.frames = [], 0, 0
         self._attempt += 1  # what waits for the disk need not be written any more
         self._todo.put(("discard", None))

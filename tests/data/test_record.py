@@ -116,7 +116,7 @@ def test_a_closed_recorder_takes_nothing_more(tmp_path):
     with Recorder(tmp_path / "d.zarr", fps=10) as other:
         add_all(other, EPISODES[1])
         frame = {key: x[0] for key, x in EPISODES[0].items()}
-        for late in (lambda: recorder.add(frame), recorder.end, recorder.cancel, lambda: recorder.extend([EPISODES[0]])):
+        for late in (lambda: recorder.add(frame), recorder.end, lambda: recorder.extend([EPISODES[0]])):
             with pytest.raises(RuntimeError, match="this recorder is closed"):
                 late()
         other.end()
