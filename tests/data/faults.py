@@ -46,6 +46,7 @@ FAULTS = {
     "time order": Fault("time_order", "error", motion.time_order, also=("time_gap",)),
     "time repeat": Fault("time_repeat", "warning", motion.time_repeat),
     "jitter": Fault("time_jitter", "warning", motion.jitter),
+    "jitter of one": Fault("time_jitter", "warning", motion.jitter_of_one),
     "rate": Fault("rate", "error", motion.rate),
     "late": Fault("action_lag", "error", meaning.late(5)),
     "late in one": Fault("lag_mixed", "error", meaning.late_in([7], 5)),

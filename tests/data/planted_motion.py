@@ -166,6 +166,13 @@ def jitter(d: Arrays) -> list[tuple]:
     return [("timestamp", 0, None, 0, 0)]
 
 
+def jitter_of_one(d: Arrays) -> list[tuple]:
+    x = d.arrays["timestamp"][d.span(11)]
+    x += 0.2 / FPS * np.random.default_rng(3).normal(size=len(x)).clip(-2, 2)
+    x.sort()
+    return [("timestamp", 0, 11, 0, len(x))]
+
+
 def rate(d: Arrays) -> list[tuple]:
     d.attrs["fps"] = 30.0
     return [("timestamp", 0, None, 0, 0)]

@@ -1,16 +1,18 @@
 """Checks of time: episode lengths, time stamps against the stated rate, frame numbers."""
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
 from policy.data.checks.finding import Finding, Place, drop, finding, some, trim
-from policy.data.checks.look import Data
+from policy.data.checks.look import Block, Data
 from policy.data.checks.values import too_coarse
 from policy.page import counted
 
 GAP = 1.75      # times the usual step between two stamps
 JITTER = 0.2    # of the step: how far the 95 % of the stamps that are nearest deviate
+MORE, LONG = 2.0, 20  # times the usual jitter, in an episode of so many steps
 RATE = 0.03     # how far the stamps' rate may be from fps
 WRONG = 0.2     # from here on that is an error
 ODD = 3.0       # times longer or shorter than the median episode, if hardly any is
@@ -55,14 +57,42 @@ def stamps(data: Data) -> list[Finding]:
         if not step:
             continue
         step = float(usual[(usual > 0) & (usual < GAP * step)].mean())  # some clocks tick now shorter, now longer
+        uneven: dict[int, float] = {}
         for block in data.blocks(key):
             d = block.steps[:, channel]
+            uneven |= jitters(data, block, d, step)
             with np.errstate(invalid="ignore"):
                 for places, at in ((back, d < 0), (same, d == 0), (gaps, d > GAP * step)):
                     places += [data.place(block.lo + t + 1, channel=channel, text=f"{d[t] / step:+.3g} steps") for t in np.flatnonzero(at).tolist()
                                if t + 1 >= block.fresh]
-        out += of_stamps(data, key, channel, step, usual, back, same, gaps)
+        some_of = list(of_some(data, key, channel, uneven))
+        out += [*(f for f in of_stamps(data, key, channel, step, usual, back, same, gaps) if f.code != "time_jitter" or not some_of), *some_of]
     return [*out, *numbers(data)]
+
+
+def jitters(data: Data, block: Block, d: np.ndarray, step: float) -> dict[int, float]:
+    """{episode: how far 95 % of its steps deviate from their median, of `step`}, gaps and what stands still left out; of those that are long enough."""
+    out, cuts = {}, [0, *np.flatnonzero(block.first[1:]).tolist(), len(d)]
+    for lo, hi in pairwise(cuts):
+        x = d[lo:hi]
+        x = x[(x > 0) & (x <= GAP * step)].astype(np.float64)
+        if len(x) >= LONG:
+            out[int(np.searchsorted(data.ends, block.lo + hi - 1, side="right"))] = float(np.quantile(np.abs(x - np.median(x)), 0.95) / step)
+    return out
+
+
+def of_some(data: Data, key: str, channel: int, uneven: dict[int, float]) -> Iterator[Finding]:
+    """Episodes that tremble where most do not, or the mean over all would hide them."""
+    usual = float(np.median(list(uneven.values()))) if uneven else 0.0
+    odd = [e for e, jitter in uneven.items() if jitter > max(JITTER, MORE * usual)]
+    if not odd or usual > JITTER:
+        return
+    most = 100 * max(uneven[e] for e in odd)
+    places = [Place(e, 0, int(data.lengths[e]), channel, f"{100 * uneven[e]:.0f} %, usually {100 * usual:.0f} %") for e in odd]
+    yield finding("warning", "time_jitter", f"the steps of {data.label(key, channel)} vary by up to {most:.0f} % (95 % of them) in "
+                  f"{counted(len(odd), 'episode')}: {some([f'episode {e}' for e in odd], 8)}", key=key, channels=[channel], places=places,
+                  why="Actions are executed evenly: what was recorded unevenly is replayed at another speed.",
+                  fix=f"dipole data convert with clock={key}[{channel}] fps=… resamples a recording by its stamps; or {drop(data.path, places)}")
 
 
 def clocks(data: Data) -> Iterator[tuple[str, int]]:
