@@ -26,7 +26,7 @@ STYLE = """<style>
 .small h3{font-size:12px;margin:0 0 2px;justify-content:space-between;gap:6px}.small small{font-size:11px}.strip{fill:var(--line)}.mark{fill:var(--c)}
 .pale{fill:none;stroke:var(--one);stroke-width:.8;opacity:.28}.strong{fill:none;stroke:var(--two);stroke-width:1.6}.bars{fill:var(--one);opacity:.75}
 .planes{display:grid;gap:14px;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));margin-bottom:14px}.planes .card{margin:0}
-summary small{margin-left:8px}
+summary small{margin-left:8px}.dot{fill:var(--one);opacity:.55}
 </style>"""
 
 
@@ -122,7 +122,7 @@ def strips(data: Data, findings: Sequence[Finding]) -> str:
 
 def lengths(data: Data, curve: tuple[str, NDArray[np.int64], NDArray[np.float64]] | None) -> str:
     n = data.lengths
-    bars = np.histogram(n, bins=min(BINS, max(5, len(np.unique(n)))))
+    bars = np.histogram(n, bins=min(BINS, max(5, kinds))) if (kinds := len(np.unique(n))) > 1 else (np.array([len(n)]), n[0] + np.array([-0.5, 0.5]))
     out = [histogram("Length of the episodes", bars[0], bars[1], "steps", note=f"median {np.median(n):.0f}", w=W, h=230)]
     if curve is not None:
         kind, lags, mean = curve
@@ -202,7 +202,11 @@ def plane(key: str, lines: Sequence[NDArray[np.float64]], down: bool, size: int 
     for i, x in reversed(list(enumerate(lines))):
         for point in range(x.shape[1]):
             y = 4 + (x[:, point] - lo) * scale
-            drawn += f'<polyline class="{"strong" if i == 0 else "pale"}" points="{path((a, b if down else size - b) for a, b in y if np.isfinite(a + b))}"/>'
+            y = y[np.isfinite(y).all(axis=1)]
+            if len(y) and np.ptp(y, axis=0).max() < 1:  # it rests, as a goal does: a line would show nothing
+                drawn += f'<circle class="dot" cx="{y[0, 0]:.1f}" cy="{y[0, 1] if down else size - y[0, 1]:.1f}" r="4"/>'
+                continue
+            drawn += f'<polyline class="{"strong" if i == 0 else "pale"}" points="{path((a, b if down else size - b) for a, b in y)}"/>'
     return f'<div class="card"><h3>{escape(key)}<small>second over first component</small></h3><svg viewBox="0 0 {size} {size}">{drawn}</svg></div>'
 
 
@@ -216,7 +220,10 @@ def histogram(title: str, counts: NDArray[np.int64], edges: NDArray[np.float64],
     drawn = "".join(f'<rect class="bars" x="{at(a):.1f}" y="{bottom - (bottom - 10) * n / top:.1f}" width="{max(1.0, at(b) - at(a) - 1):.1f}" '
                     f'height="{(bottom - 10) * n / top:.1f}"><title>{n} from {number(a)} to {number(b)}</title></rect>'
                     for n, a, b in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True) if n)
-    marks = "".join(f'<text x="{at(v):.1f}" y="{bottom + 15}" text-anchor="middle">{number(v)}</text>' for v in ticks(lo, hi))
+    whole = [v for v in ticks(lo, hi) if v == round(v)]
+    short = [number(v) for v in whole]
+    said = short if len(set(short)) == len(short) > 1 else [f"{v:.0f}" for v in whole]
+    marks = "".join(f'<text x="{at(v):.1f}" y="{bottom + 15}" text-anchor="middle">{label}</text>' for v, label in zip(whole, said, strict=True))
     scale = f'<text x="{LEFT - 7}" y="14" text-anchor="end">{top}</text><text x="{LEFT - 7}" y="{bottom + 4}" text-anchor="end">0</text>'
     return (f'<div class="card"><h3>{escape(title)}<small>{escape(note)}</small></h3><svg viewBox="0 0 {w} {h}">'
             f'<line class="grid" x1="{LEFT}" x2="{w - RIGHT}" y1="{bottom}" y2="{bottom}"/>'

@@ -74,7 +74,8 @@ def constant(data: Data) -> list[Finding]:
                                key=key, channels=still, count=len(still),
                                why="It carries nothing; the normaliser only centres it" + (", and the robot will never be commanded otherwise."
                                    if action else ". A dead or unplugged sensor looks like this."),
-                               fix="Nothing, if that is what it is; or leave them out in training: " + leave_out(key, np.flatnonzero(whole), action)))
+                               fix="Name another key, action=…, or record again: no channel of it ever changes" if action and not whole.any() else
+                               "Nothing, if that is what it is; or leave them out in training: " + leave_out(key, np.flatnonzero(whole), action)))
         out += dead_in_some(data, key, moves, whole)
     return out
 
