@@ -1,10 +1,12 @@
 """Checks of images, on a sample of frames: their range, black or white ones, cameras that stood still while the robot moved."""
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
+from policy.data.checks.camera import copied, lagging
 from policy.data.checks.finding import Finding, Place, drop, finding
 from policy.data.checks.look import Data, runs
 from policy.data.checks.relate import moving
@@ -13,16 +15,21 @@ from policy.page import counted
 
 STRETCH = 64    # frames looked at together, where the chunks on disk are unknown
 FLAT = 2.0      # of 255: an image that spans less shows nothing
+PIXELS = 3000   # compared with those of the frame before
 FROZEN = 8      # frames without any change while the robot moves
 
 
 @dataclass
 class Seen:
-    """Of the frames looked at: frame numbers (n,), least, greatest value and spread of each; same: equal to the one before, which was looked at too."""
+    """Of the frames looked at: frame numbers (n,), least, greatest value of each; same: equal to the one before, which was looked at too; change: mean of
+    |pixels - those before|, nan where that was not looked at; code: equal for equal pictures."""
     at: list[int] = field(default_factory=list)
     lo: list[float] = field(default_factory=list)
     hi: list[float] = field(default_factory=list)
     same: list[bool] = field(default_factory=list)
+    change: list[float] = field(default_factory=list)
+    code: list[int] = field(default_factory=list)
+    last: NDArray[Any] | None = None
 
 
 def images(data: Data) -> list[Finding]:
@@ -32,6 +39,8 @@ def images(data: Data) -> list[Finding]:
         wrong = ranges(data, key, seen)
         unclear = any(f.severity == "error" for f in wrong)  # what is black depends on what is white
         out += [*wrong, *([] if unclear else blank(data, key, seen)), *frozen(data, key, seen)]
+        at, change, code = np.array(seen.at), np.array(seen.change), np.array(seen.code)
+        out += taken if (taken := copied(data, key, at, code)) else lagging(data, key, at, change)
     return out
 
 
@@ -51,6 +60,11 @@ def look(data: Data, key: str) -> Seen:
 
 def add(seen: Seen, x: NDArray[Any], lo: int) -> None:
     flat = x.reshape(len(x), -1)
+    few = flat[:, ::max(1, flat.shape[1] // PIXELS)].astype(np.float32)
+    before = few[:1] * np.nan if seen.last is None or seen.at[-1] != lo - 1 else seen.last
+    seen.change += np.abs(np.diff(few, axis=0, prepend=before)).mean(axis=1).astype(float).tolist()
+    seen.code += [crc32(row.tobytes()) for row in flat]
+    seen.last = few[-1:]
     seen.at += range(lo, lo + len(x))
     seen.lo += flat.min(axis=1).astype(float).tolist()
     seen.hi += flat.max(axis=1).astype(float).tolist()

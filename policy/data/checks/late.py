@@ -36,21 +36,9 @@ class Goes:
 
 def uneven(data: Data, goes: Goes, skip: Sequence[int]) -> list[Finding]:
     """Episodes but those to skip whose lag is another than that of the others."""
-    lags = np.arange(-SPAN, SPAN + 1)
-    curves = each(data, goes)
-    lag, r = lags[curves.argmax(axis=1)], curves.max(axis=1)
-    clear = (r > SURE) & ~np.isin(np.arange(len(r)), skip)
-    clear &= np.array([good and not periodic(lags, curve, int(best)) for good, curve, best in zip(clear, curves, lag, strict=True)], bool)
-    if clear.sum() < LEAST or (usual := usually(lag[clear])) is None:
+    if (unlike := apart(each(data, goes), skip)) is None:
         return []
-    middle, lo, hi = usual
-    inside = clear & (lag >= lo) & (lag <= hi)
-    there = np.abs(curves[:, (lags >= lo) & (lags <= hi)]).max(axis=1)  # turned round, they go together at the usual lag
-    shape = np.median(curves[inside], axis=0)  # sharp enough that such a lag would be seen in the others too
-    odd = clear & (np.abs(lag - middle) >= APART + WIDE * (hi - lo)) & (r > LIKE * np.median(r[inside]))
-    odd &= leads(r, there) & leads(shape.max(), np.abs(shape[lag + SPAN]))
-    if not odd.any() or (inside | odd).sum() < AGREE * clear.sum():
-        return []  # alike, or each of its own: a slow robot follows a quick motion later than a slow one
+    odd, lag, r, there, middle = unlike
     before = bool((lag[odd] < 0).any())
     at = np.flatnonzero(odd)
     places = [Place(int(e), 0, int(data.lengths[e]), text=f"lag {lag[e]}, correlation {r[e]:.2f}; at {middle}: {there[e]:.2f}") for e in at]
@@ -62,6 +50,27 @@ def uneven(data: Data, goes: Goes, skip: Sequence[int]) -> list[Finding]:
                     why="Cause and effect are exchanged there: the policy learns to repeat what has happened." if before else
                     "The network is told two things about the same motion: when to act.",
                     fix=f"Check which clock stamped them, and shift them in the source; or {drop(data.path, places)}", lag=middle)]
+
+
+def apart(curves: Array, skip: Sequence[int]) -> tuple[NDArray[np.bool_], NDArray[np.int64], Array, Array, int] | None:
+    """(E,) each: which episodes clearly have another lag than the others, the lag, the correlation there and at the usual lag; and the usual lag.
+
+    curves: (E, 2 SPAN + 1).   None where there are none."""
+    lags = np.arange(-SPAN, SPAN + 1)
+    lag, r = lags[curves.argmax(axis=1)], curves.max(axis=1)
+    clear = (r > SURE) & ~np.isin(np.arange(len(r)), skip)
+    clear &= np.array([good and not periodic(lags, curve, int(best)) for good, curve, best in zip(clear, curves, lag, strict=True)], bool)
+    if clear.sum() < LEAST or (usual := usually(lag[clear])) is None:
+        return None
+    middle, lo, hi = usual
+    inside = clear & (lag >= lo) & (lag <= hi)
+    there = np.abs(curves[:, (lags >= lo) & (lags <= hi)]).max(axis=1)  # turned round, they go together at the usual lag
+    shape = np.median(curves[inside], axis=0)  # sharp enough that such a lag would be seen in the others too
+    odd = clear & (np.abs(lag - middle) >= APART + WIDE * (hi - lo)) & (r > LIKE * np.median(r[inside]))
+    odd &= leads(r, there) & leads(shape.max(), np.abs(shape[lag + SPAN]))
+    if not odd.any() or (inside | odd).sum() < AGREE * clear.sum():
+        return None  # alike, or each of its own: a slow robot follows a quick motion later than a slow one
+    return odd, lag, r, there, middle
 
 
 def leads(r: Array, other: Array) -> NDArray[np.bool_]:
@@ -107,6 +116,11 @@ def correlated(action: Array, state: Array, goes: Goes) -> Array:
     """(2 SPAN + 1,) of (n, d) and (n, d): of one episode."""
     x, y = (action - action.mean(axis=0))[:-1] if goes.level else np.diff(action, axis=0), np.diff(state, axis=0)
     x, y = (np.where(np.abs(v) < leap, v / s, 0) for v, s, leap in ((x, goes.scale[0] * goes.sign, goes.leap[0]), (y, goes.scale[1], goes.leap[1])))
+    return crossed(x, y)
+
+
+def crossed(x: Array, y: Array) -> Array:
+    """(2 SPAN + 1,): correlation of x (n, d) at t and y (n, d) at t + lag, nothing removed, for lags of -SPAN … SPAN; 0 where little overlaps."""
     if not (x.any() and y.any()):
         return np.zeros(2 * SPAN + 1)
     n, length, lags = len(x), len(x) + SPAN + 1, np.arange(-SPAN, SPAN + 1)
