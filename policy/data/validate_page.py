@@ -126,7 +126,8 @@ def lengths(data: Data, curve: tuple[str, NDArray[np.int64], NDArray[np.float64]
     out = [histogram("Length of the episodes", bars[0], bars[1], "steps", note=f"median {np.median(n):.0f}", w=W, h=230)]
     if curve is not None:
         kind, lags, mean = curve
-        what = "the state's change goes with the action's change" if kind == "target" else "the state's change goes with the action"
+        what = {"target": "the state's change goes with the action's change", "level": "the state goes with the action",
+                "change": "the state's change goes with the action"}[kind]
         best = int(lags[mean.argmax()])
         x, y = [float(v) for v in lags], [float(v) for v in mean]
         ends = [min(0.0, *y), max(y)]

@@ -39,3 +39,12 @@ def test_an_action_that_never_changes_cannot_be_left_out():
     data.arrays["action"][:, 2] = 1
     fix = next(f.fix for f in check(data).findings if (f.code, f.key) == ("constant", "action"))
     assert fix.endswith("data.action={key:action,take:[0,1,3,4,5,6]}")
+
+
+def test_targets_whose_changes_nothing_follows_are_drawn_by_their_level(tmp_path):
+    """As if the robot took the way in its own time: noise on every step, and the same place in the end."""
+    data, rng = clean(8).copy("joints", "action"), np.random.default_rng(0)
+    data.arrays["action"] = data.arrays["action"][:, :6] / 2 + rng.normal(size=data.arrays["joints"].shape).astype(np.float32) * 0.04
+    report = check(data, skip=["odd"])
+    assert report.facts["action"]["looks"] == "absolute" and report.findings == []
+    assert "<small>the state goes with the action</small>" in write_page(report, tmp_path / "a.html").read_text()
