@@ -144,6 +144,16 @@ def test_what_rests_at_its_end_or_counts_in_coarse_steps_is_not_clipped(spotless
     assert reported(data, skip=["jumps"]) == set()
 
 
+def test_a_goal_near_the_origin_is_in_no_other_unit(spotless):
+    data = spotless.copy("joints", "action")
+    goal = np.random.default_rng(0).uniform(-1, 1, (24, 2))
+    goal[7] *= np.pi / 180 * np.median(np.abs(goal), axis=0) / np.abs(goal[7])
+    data.arrays["goal"] = np.repeat(goal, lengths(data), axis=0).astype(np.float32)
+    assert reported(data) == set()
+    data.arrays["goal"][data.span(9)] *= 180 / np.pi * np.median(np.abs(goal), axis=0) / np.abs(goal[9])
+    assert reported(data) == {"units_mixed"}
+
+
 def test_two_axes_of_a_hand_that_points_down_are_no_quaternion(spotless):
     data = spotless.copy("joints", "action")
     x = smooth(np.random.default_rng(3), len(data.arrays["joints"]), 3)
