@@ -184,7 +184,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"{wrong[0]} must be above 0")
     for name in ("delay", "delays") if cfg.do == "eval" else ("delay",):
         values = [cfg.delay] if name == "delay" else list(cfg.delays) if isinstance(cfg.delays, Sequence) and len(cfg.delays) else [None]
-        if not all(type(d) in (int, float) and 0 <= d < math.inf for d in values):
+        if not all(isinstance(d, int | float) and not isinstance(d, bool) and 0 <= d < math.inf for d in values):
             raise ValueError(f"{name}={cfg[name]} must be {'a list of seconds from 0, such as [0,0.04]' if name == 'delays' else 'seconds from 0'}")
     if cfg.do and not hasattr(get_class(cfg.robot.driver._target_), "reset"):
         raise ValueError(f"robot={cfg.robot.spec.name} is no simulated one, it has no episodes: run dipole deploy without {cfg.do}")
