@@ -85,14 +85,17 @@ def test_a_dataset_is_not_made_inside_its_source(dataset, tmp_path):
 def test_ctrl_c_says_what_was_kept(tmp_path, verb, words, kept):
     np.savez(tmp_path / "a.npz", action=np.zeros((3_000_000, 2)), q=np.zeros((3_000_000, 2)), episode_ends=np.arange(1, 30_001) * 100)
     job = subprocess.Popen([sys.executable, "-m", "scripts.cli", *verb], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and job.poll() is None:
-        stores = [p for p in tmp_path.glob("b.zarr/data/action/c/*/*")] or [p for p in tmp_path.glob(".a.zarr.*/a.zarr/data/action")]
-        if stores:
-            break
-        time.sleep(0.05)
-    time.sleep(0.3)
-    job.send_signal(signal.SIGINT)
-    said = job.communicate(timeout=60)[1]
+    try:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and job.poll() is None:
+            stores = [p for p in tmp_path.glob("b.zarr/data/action/c/*/*")] or [p for p in tmp_path.glob(".a.zarr.*/a.zarr/data/action")]
+            if stores:
+                break
+            time.sleep(0.05)
+        time.sleep(0.3)
+        job.send_signal(signal.SIGINT)
+        said = job.communicate(timeout=60)[1]
+    finally:
+        job.kill()
     assert job.returncode == 130, said
     assert re.fullmatch(words, said) and names(tmp_path) == kept
