@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from envs.batch import BatchEnv
 from envs.simulator import Simulator
+from policy.serve.measure import PARITY
 from scripts import bench_evaluate, bench_rollout
 from tests.shell import refused
 
@@ -116,3 +117,16 @@ def test_bench_rollout_prints_every_way_and_keeps_the_figures(shell, run):
     assert rows["push-t"][bench_rollout.OURS]["ratio"] == 1 and all(r["steps_per_cpu_s"] > 0 for r in rows["push-t"].values())
     assert "x AsyncVectorEnv" in done.out and "x gym-pusht" in done.out and "no evaluation is measured" in done.out
     refused(shell("bench", "rolout"), "dipole bench rollout")
+
+
+@pytest.mark.slow
+def test_the_bench_of_plans_names_every_way(shell):
+    pytest.importorskip("onnxscript", reason="pip install 'dipole[export]'")
+    pytest.importorskip("onnxruntime", reason="pip install 'dipole[onnx]'")
+    done = shell("bench", "deploy", "run=.", "deploy.widths=[8,16]", "deploy.steps=4", "rounds=1")
+    assert done.code == 0, done.err
+    rows = json.loads((shell.folder / "bench" / "deploy.json").read_text())["rows"]
+    assert list(rows)[:4] == ["diffusers loop", "Planner.plan", "FastPlan", "ONNX Runtime"]
+    assert all(r["difference"] < PARITY for name, r in rows.items() if "bf16" not in name) and rows["FastPlan"]["wanted"] == 2.3
+    assert rows["FastPlan"]["faster"] == pytest.approx(rows["diffusers loop"]["cpu_ms"] / rows["FastPlan"]["cpu_ms"])
+    assert "FastPlan" in done.out and "times faster" in done.out
