@@ -33,7 +33,7 @@ test: $(STAMP) ## run the fast tests
 
 realtime: $(STAMP) ## run what needs the clock, alone: faults of planner, bridge and robot, drivers, the served policy
 	$(BIN)/python -m pytest -m 'slow and not ros and not franka' --ignore=tests/serve/test_export.py --ignore=tests/serve/test_export_transformed.py tests/serve $(ARGS)
-	$(BIN)/python -m pytest -m slow tests/serve/test_export.py tests/serve/test_export_transformed.py
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow tests/serve/test_export.py tests/serve/test_export_transformed.py
 
 check: $(STAMP) ## lint and type-check
 	$(BIN)/ruff check .
