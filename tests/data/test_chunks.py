@@ -1,4 +1,6 @@
 """Chunks decoded without zarr are what zarr decodes, from every layout, and damage is noticed at every byte."""
+import contextlib
+
 import numcodecs
 import numpy as np
 import pytest
@@ -78,25 +80,30 @@ def test_chunks_that_split_a_frame_are_zarrs(tmp_path):
     assert check(Files(tmp_path / "d.zarr"), "float32") is None
 
 
+def all_of(chunks, path, name, which):
+    with contextlib.closing(Folder(path).open(name)) as file:
+        return list(chunks.read(file, which))
+
+
 @pytest.mark.parametrize("zarr_format, codec, shards", [(3, ZstdCodec(checksum=True), (8, 4, 3)), (3, ZstdCodec(checksum=True), None)])
 def test_every_changed_byte_and_every_cut_is_noticed(tmp_path, zarr_format, codec, shards):
     files = made(tmp_path, "float32", zarr_format=zarr_format, compressors=codec, shards=shards)
     path = next(p for p in sorted((tmp_path / "d.zarr/data/x/c").rglob("*")) if p.is_file())
     whole, chunks = path.read_bytes(), Chunks.of(files.array("data/x"))
     name, which = path.relative_to(tmp_path / "d.zarr").as_posix(), range(chunks.per_file)
-    want = np.concatenate(list(chunks.read(Folder(tmp_path / "d.zarr").open(name), which)))
+    want = np.concatenate(all_of(chunks, tmp_path / "d.zarr", name, which))
     noticed, index = 0, len(whole) - (16 * chunks.per_file + 4) * (shards is not None)
     for i in range(len(whole)):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1:])
         try:
-            got = np.concatenate(list(chunks.read(Folder(tmp_path / "d.zarr").open(name), which)))
+            got = np.concatenate(all_of(chunks, tmp_path / "d.zarr", name, which))
             np.testing.assert_array_equal(got, want)  # a bit that means nothing, such as a reserved one
             assert i < index  # in the index all of them mean something
         except Damaged:
             noticed += 1
         path.write_bytes(whole[:i])
         with pytest.raises(Damaged):
-            list(chunks.read(Folder(tmp_path / "d.zarr").open(name), which))
+            all_of(chunks, tmp_path / "d.zarr", name, which)
     assert noticed > 0.97 * len(whole)
 
 
