@@ -26,14 +26,11 @@ from policy.serve.robot import DriverError, RobotSpec, RobotState
 from policy.serve.view import View
 from policy.train.log import bar, console
 from scripts import serving
+from scripts.settings import plain
 
 SIMULATED = 10.0  # s an episode of a simulated robot may take
 GONE = 5.0        # s between two episodes in which a planner that is gone may come back
 FAILURES = (DriverError, WrongRobot, OSError)  # of robot, planner or network, on the way
-
-
-def plain(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True)
 
 
 class Ended:
