@@ -1,7 +1,8 @@
 """Gantry: pick up a cube with a three-axis gantry and a parallel gripper, put it down on a disc and let go. Scripted expert included.
 
 With pillar=True a pillar stands between cube and disc, taller than the gantry reaches. The expert passes it left or right at
-random, so its demonstrations have two modes and their mean runs into the pillar.
+random, so its demonstrations have two modes and their mean runs into the pillar. With belt=0.15 the disc rides past on a belt,
+at 0.15 m/s: the world does not wait for a plan, and one that acts late misses.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ OPEN = 0.045  # m, each finger's way out
 CUBE = 0.02  # m, half the edge: also the height the cube is gripped and rests at
 PILLAR = 0.03  # m, radius
 DETOUR = 0.15  # m, from the pillar's middle to where the expert passes it
+ARRIVAL = (2.2, 2.9)  # s until a disc on a belt passes the middle: out of reach until the cube is up
+LEAD = 0.16  # s, so far ahead the expert aims on a belt: the step that an action lasts, of which the servos make 63 %
 
 
 class Gantry(Task):
@@ -27,15 +30,22 @@ class Gantry(Task):
     action_semantics = "absolute target of the hand x, y, z and of each finger's opening, m, clipped to the gantry's reach"
     expert_noise = (0.004, 0.004, 0.004, 0.0)
 
-    def __init__(self, *, pillar: bool = False, max_steps: int = 100) -> None:
-        self.pillar, self.max_steps = pillar, max_steps
+    def __init__(self, *, pillar: bool = False, belt: float = 0.0, max_steps: int = 100) -> None:
+        if pillar and belt:
+            raise ValueError("a gantry has a pillar or a belt, not both: the pillar stands where the belt runs")
+        if belt and not 0.1 <= belt <= 0.3:
+            raise ValueError(f"belt={belt} m/s must be 0 (none) or 0.1 to 0.3: a slower disc is there before the cube is up, a faster one cannot be followed")
+        self.pillar, self.belt, self.max_steps = pillar, belt, max_steps
         self.action_space = box([-REACH, -REACH, 0.01, 0.0], [REACH, REACH, 0.3, OPEN], (4,))
         shapes = {"hand": 3, "cube": 3, "cube_from_hand": 3, "opening": 1, "goal": 2, "goal_from_cube": 2}
         if pillar:
             shapes["pillar"] = 2
-        # A dropped cube can slide off the table, never a metre away.
-        self.observation_space = gymnasium.spaces.Dict({key: box(-1, 1, (size,)) for key, size in shapes.items()})
-        self.units = {**dict.fromkeys(shapes, "m"), "action": "m"}
+        if belt:
+            shapes["goal_velocity"] = 2
+        # A dropped cube can slide off the table, never a metre away; a disc on a belt goes as far as an episode lasts.
+        far = max(1.0, belt * max(ARRIVAL[1], max_steps / self.fps))
+        self.observation_space = gymnasium.spaces.Dict({key: box(-far, far, (size,)) for key, size in shapes.items()})
+        self.units = {**dict.fromkeys(shapes, "m"), "action": "m", **({"goal_velocity": "m/s"} if belt else {})}
 
     def reset(self, seed: int) -> State:
         rng = np.random.default_rng(seed)
@@ -43,8 +53,12 @@ class Gantry(Task):
         height, yaw = rng.uniform(0.1, 0.2), rng.uniform(-0.3, 0.3)
         cube_quat = [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
         mocap = [[*goal, 0.001], [*pillar, 0.0]]
-        qpos = np.array([*hand, height, 0.04, 0.04, *cube, CUBE, *cube_quat])
-        return State(qpos, np.zeros(self.model.nv), np.array(mocap[: self.model.nmocap]))
+        qpos, qvel = [*hand, height, 0.04, 0.04, *cube, CUBE, *cube_quat], np.zeros(self.model.nv)
+        if self.belt:
+            side = rng.choice([-1.0, 1.0])
+            qpos += [side * self.belt * rng.uniform(*ARRIVAL), goal[1]]
+            qvel[-2] = -side * self.belt
+        return State(np.array(qpos), qvel, np.array(mocap[: self.model.nmocap]).reshape(-1, 3))
 
     def _layout(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """xy of cube, disc, hand and pillar, drawn until there is room for gripper and detours."""
@@ -53,7 +67,7 @@ class Gantry(Task):
             way, pillar = goal - cube, (cube + goal) / 2
             length = np.linalg.norm(way)
             if not self.pillar:
-                if length > 0.08:
+                if (abs(way[1]) if self.belt else length) > 0.08:
                     return cube, goal, hand, pillar
             elif length > 0.28:
                 side = DETOUR * np.array([-way[1], way[0]]) / length
@@ -65,7 +79,7 @@ class Gantry(Task):
 
     def observe(self, state: State) -> Obs:
         xp = namespace(state.qpos)
-        hand, cube, goal = state.qpos[..., :3], state.qpos[..., 5:8], state.mocap_pos[..., 0, :2]
+        hand, cube, goal = state.qpos[..., :3], state.qpos[..., 5:8], self._goal(state)
         obs = {
             "hand": hand,
             "cube": cube,
@@ -76,20 +90,25 @@ class Gantry(Task):
         }
         if self.pillar:
             obs["pillar"] = state.mocap_pos[..., 1, :2]
+        if self.belt:
+            obs["goal_velocity"] = state.qvel[..., -2:]
         return {key: xp.astype(value, xp.float32) for key, value in obs.items()}
 
     def outcome(self, state: State) -> Outcome:
         xp = namespace(state.qpos)
         cube, opening = state.qpos[..., 5:8], state.qpos[..., 3] + state.qpos[..., 4]
-        distance = xp.linalg.vector_norm(cube[..., :2] - state.mocap_pos[..., 0, :2], axis=-1)
+        distance = xp.linalg.vector_norm(cube[..., :2] - self._goal(state), axis=-1)
         success = (distance < 0.02) & (cube[..., 2] < 0.03) & (opening > 0.05)
         return Outcome(xp.astype(success, xp.float64), success, {"distance": distance})
+
+    def _goal(self, state: State) -> Array:
+        return state.qpos[..., -2:] if self.belt else state.mocap_pos[..., 0, :2]
 
     def expert(self, n: int, seed: int) -> GantryExpert:
         return GantryExpert(self, n, seed)
 
     def mjcf(self) -> str:
-        return _mjcf(self.pillar)
+        return _mjcf(self.pillar, self.belt > 0)
 
 
 class GantryExpert:
@@ -119,9 +138,10 @@ class GantryExpert:
         def over(place: np.ndarray, height: np.ndarray | float) -> np.ndarray:
             return np.column_stack([place, np.broadcast_to(height, len(hand))])
 
+        along = LEAD * obs["goal_velocity"] if self.task.belt else 0.0  # so much further the disc is when the hand gets there
         phases = [  # (when, where to, fingers), the first that applies
-            (there & (cube[:, 2] < 0.028), over(hand[:, :2], hand[:, 2] + 0.06 * (opening > 0.06)), OPEN),  # let go, leave
-            (held & there, over(goal, CUBE), 0.0),  # lower
+            (there & (cube[:, 2] < 0.028), over(hand[:, :2] + along, hand[:, 2] + 0.06 * (opening > 0.06)), OPEN),  # let go, leave
+            (held & there, over(self._via(obs) if self.task.belt else goal, CUBE), 0.0),  # lower
             (held & ((left < 0.05) | (hand[:, 2] > 0.075)), over(self._via(obs), 0.09), 0.0),  # carry
             (held, over(hand[:, :2], 0.1), 0.0),  # lift
             (around, over(cube[:, :2], CUBE), 0.0),  # grip
@@ -130,12 +150,16 @@ class GantryExpert:
         reach = over(cube[:, :2], np.clip(hand[:, 2], 0.09, 0.12))
         target = np.select([when[:, None] for when, _, _ in phases], [where for _, where, _ in phases], reach)
         fingers = np.select([when for when, _, _ in phases], [np.full(len(hand), width) for _, _, width in phases], OPEN)
+        if self.task.belt:  # the disc comes from beyond the reach and goes there
+            target[:, :2] = target[:, :2].clip(0.02 - REACH, REACH - 0.02)
         step = target - hand
         step *= np.minimum(1.0, self.speed / np.maximum(np.linalg.norm(step, axis=1), 1e-9))[:, None]
         return np.column_stack([hand + step, fingers])
 
     def _via(self, obs: Obs) -> np.ndarray:
         """Where to carry the cube (n, 2): beside the pillar until past it, then to the disc."""
+        if self.task.belt:
+            return obs["hand"][:, :2] + obs["goal_from_cube"] + LEAD * obs["goal_velocity"]
         if not self.task.pillar:
             return obs["goal"]
         ahead = obs["goal"] - obs["pillar"]
@@ -152,13 +176,27 @@ def _clearance(start: np.ndarray, end: np.ndarray, point: np.ndarray) -> float:
     return float(np.linalg.norm(start + s * along - point))
 
 
-def _mjcf(pillar: bool) -> str:
+def _mjcf(pillar: bool, belt: bool) -> str:
     # multiccd: whether a pillar touches in one place or in five of equal depth differs between versions of MuJoCo, and mujoco_warp knows one.
     # Contact bits: 1 world, 2 fingers, 4 the hand above them, which only the pillar can touch.
     obstacle = f"""
     <body name="pillar" mocap="true">
       <geom type="cylinder" size="{PILLAR} .25" pos="0 0 .25" conaffinity="5" friction="1 .01 .001" rgba=".55 .5 .75 .7"/>
     </body>"""
+    still = """
+    <body name="goal" mocap="true">
+      <geom type="cylinder" size=".03 .001" contype="0" conaffinity="0" rgba=".3 .8 .4 1"/>
+    </body>"""
+    # The disc on a belt carries the cube: a plate (contact bit 8, which only the cube meets), too heavy to be slowed by it, clear of the table.
+    moving = """
+    <body name="goal" gravcomp="1">
+      <joint name="along" type="slide" axis="1 0 0"/>
+      <joint name="across" type="slide" axis="0 1 0"/>
+      <geom type="box" size=".03 .03 .0015" pos="0 0 .0015" mass="100" contype="8" conaffinity="8" friction="1 .01 .001" rgba="0 0 0 0"/>
+      <geom type="cylinder" size=".03 .0015" pos="0 0 .0015" mass="0" contype="0" conaffinity="0" rgba=".3 .8 .4 1"/>
+      <geom type="box" size="2 .035 .0002" mass="0" contype="0" conaffinity="0" rgba=".5 .52 .56 1"/>
+    </body>"""
+    bits = 11 if belt else 3
     axis = '<inertial pos="0 0 0" mass=".5" diaginertia=".01 .01 .01"/>'
     finger = f'type="slide" range="0 {OPEN}" damping="5"'
     pad = 'class="finger" type="box" size=".005 .015 .035"'
@@ -186,9 +224,7 @@ def _mjcf(pillar: bool) -> str:
     <light pos="0 0 1.5" dir="0 0 -1" directional="true" diffuse=".35 .35 .35" specular="0 0 0"/>
     <geom name="floor" type="plane" pos="0 0 -.04" size="1 1 .1" rgba=".7 .73 .78 1"/>
     <geom name="table" type="box" size=".26 .26 .02" pos="0 0 -.02" friction="1 .01 .001" rgba=".93 .92 .88 1"/>
-    <body name="goal" mocap="true">
-      <geom type="cylinder" size=".03 .001" contype="0" conaffinity="0" rgba=".3 .8 .4 1"/>
-    </body>{obstacle if pillar else ""}
+    {"" if belt else still}{obstacle if pillar else ""}
     <body name="bridge">{axis}
       <joint name="x" type="slide" axis="1 0 0" range="{-REACH} {REACH}" damping="2"/>
       <body name="trolley">{axis}
@@ -204,9 +240,9 @@ def _mjcf(pillar: bool) -> str:
     </body>
     <body name="cube">
       <freejoint/>
-      <geom type="box" size="{CUBE} {CUBE} {CUBE}" mass=".05" condim="4" friction="1 .01 .001" contype="3" conaffinity="3"
+      <geom type="box" size="{CUBE} {CUBE} {CUBE}" mass=".05" condim="4" friction="1 .01 .001" contype="{bits}" conaffinity="{bits}"
         rgba=".9 .3 .25 1"/>
-    </body>
+    </body>{moving if belt else ""}
   </worldbody>
   <actuator>
     <position joint="x"/>

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 import conf
 from policy.data.semantics import Semantics
+from policy.page import counted
 from policy.serve.bridge import Bridge, Settings
 from policy.serve.card import Card
 from policy.serve.client import PlannerClient
@@ -77,7 +78,8 @@ def opened(cfg: DictConfig, ended: Ended, folder: Path, delay: float = 0.0, **co
     robot: RobotSpec = instantiate(node["spec"], _convert_="all")
     folder.mkdir(parents=True, exist_ok=True)
     recording = {"log": str(folder / "robot.npz")} if str(node["driver"]["_target_"]).endswith("MujocoDriver") else {}
-    driver = instantiate(node["driver"], **recording, _convert_="all")
+    own = {"options": {**options_of(cfg), **(node["driver"].get("options") or {})}} if recording else {}
+    driver = instantiate(node["driver"], **recording, **own, _convert_="all")
     with ExitStack() as stack:
         journal = Journal(folder / "bridge.jsonl")
         stack.callback(journal.close)
@@ -103,6 +105,16 @@ def opened(cfg: DictConfig, ended: Ended, folder: Path, delay: float = 0.0, **co
         ended.moving = True
         bridge.connect()
         yield bridge, pid
+
+
+def options_of(cfg: DictConfig) -> dict[str, Any]:
+    """The task's own arguments that the run was trained with (a pillar, a belt), so that the simulated robot plays the same; {} without such a run."""
+    path = Path(cfg.run or "") / "config.yaml"
+    env = plain(OmegaConf.load(path)).get("env") if cfg.run and path.is_file() else None
+    module, _, name = str(cfg.robot.driver.get("task", "")).partition(":")
+    if not isinstance(env, dict) or env.get("_target_") != f"{module}.{name}":
+        return {}
+    return {k: v for k, v in env.items() if not k.startswith("_")}
 
 
 def robots_of(task: str) -> list[str]:
@@ -181,11 +193,21 @@ def episodes(bridge: Bridge, cfg: DictConfig, seeds: Sequence[int], ended: Ended
         rows.append({"seed": seed, "success": success, "seconds": round(time.monotonic() - start, 2),
                      "modes": sorted({e["mode"] for e in bridge.journal.events if e["event"] == "mode" and e["t"] >= start})})
         if bridge.supervisor.mode == "STOP":
-            rows[-1]["stop"] = bridge.supervisor.reason
+            rows[-1]["stop"] = bridge.supervisor.reason + lateness(bridge, start)
         on_done(rows)
         if ended:
             break
     return rows, ""
+
+
+def lateness(bridge: Bridge, since: float) -> str:
+    """How late the loop was at worst since then, and what the system took meanwhile; '' when it missed no period."""
+    if not (missed := [e for e in bridge.journal.events if e["event"] == "late" and e["t"] >= since]):
+        return ""
+    worst = max(missed, key=lambda e: e["late_ms"])
+    taken = [f"{worst['stolen_ms']} ms of its cores were taken by the host of this virtual machine"] if worst.get("stolen_ms") else []
+    taken += [f"{counted(worst['disk_faults'], 'page')} had to be read from a disk"] if worst.get("disk_faults") else []
+    return f" (the loop was {worst['late_ms']:.0f} ms late{', ' + ' and '.join(taken) if taken else ''})"
 
 
 def over(ended: Ended, trouble: str, page: Path) -> None:

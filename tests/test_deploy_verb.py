@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from policy.serve.card import Card
 from policy.serve.expect import Expect
 from policy.serve.robot import RobotSpec
+from scripts.driving import options_of
 from tests.serve.fakes import ROBOT
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +39,16 @@ def dipole(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_mistakes_end_in_one_line(args, said):
     done = deploy(*args)
     assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_simulated_robot_plays_the_runs_own_environment(tmp_path):
+    (tmp_path / "config.yaml").write_text("env: {_target_: envs.gantry.Gantry, pillar: false, belt: 0.2}\n")
+
+    def options(run, task):
+        return options_of(OmegaConf.create({"run": run, "robot": {"driver": {"task": task}}}))
+
+    assert options(str(tmp_path), "envs.gantry:Gantry") == {"pillar": False, "belt": 0.2}
+    assert options(str(tmp_path), "envs.panda:PandaPick") == options(None, "envs.gantry:Gantry") == options(str(tmp_path / "no"), "envs.gantry:Gantry") == {}
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path):

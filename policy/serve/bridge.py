@@ -118,7 +118,7 @@ class Bridge:
         partners = [t for t in (getattr(self.client, "thread", None), self.journal.thread) if t is not None]
         got = realtime.claim(priority, cpu, partners) if priority is not None else {"scheduler": "normal"}
         self.journal.start(self.robot, got)
-        start, last, count = self.clock(), math.inf, 0
+        start, last, count, taken = self.clock(), math.inf, 0, realtime.Taken()
         try:
             for deadline, late in realtime.ticks(self.robot.rate):
                 if last == math.inf and (deadline - start >= seconds or (self.state is not None and until(self.state))):
@@ -126,8 +126,11 @@ class Bridge:
                 self.tick(deadline, late, ending=last < math.inf)
                 for watch in self.watchers:
                     watch(self, late)
+                if late > self.period:
+                    self._say("late", late_ms=round(1e3 * late, 1), **taken.look())
                 if (count := count + 1) % max(1, round(TIDY * self.robot.rate)) == 0:
                     realtime.tidy(deadline + self.period)
+                    taken.look()
                 if self.supervisor.mode is Mode.STOP or (last < math.inf and self._stands(deadline)):
                     break
                 if deadline > last:

@@ -14,7 +14,11 @@ from envs.simulator import State
 from envs.task import Task
 
 CONF = Path(__file__).parents[2] / "conf" / "env"
-VARIANTS = {"pusht": {"state": {"obs": "state"}}, "gantry": {"pillar": {"pillar": True}}, "maze": {"medium": {"size": "medium"}, "large": {"size": "large"}}}
+VARIANTS = {
+    "pusht": {"state": {"obs": "state"}},
+    "gantry": {"pillar": {"pillar": True}, "belt": {"belt": 0.2}},
+    "maze": {"medium": {"size": "medium"}, "large": {"size": "large"}},
+}
 
 
 def own_tasks() -> dict[str, Callable[[], Task]]:

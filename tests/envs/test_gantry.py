@@ -1,4 +1,4 @@
-"""The expert solves the task, and with a pillar it has two ways of doing so."""
+"""The expert solves the task; with a pillar it has two ways of doing so, with a belt only one moment."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from envs.batch import BatchEnv
 from envs.collect import KEEP, demonstrations
 from envs.gantry import Gantry, GantryExpert
 from envs.simulator import State
+from tests.envs.own import endless
 
 
 def expert_success(task: Gantry, expert: GantryExpert, n: int, noise: bool) -> float:
@@ -22,12 +23,50 @@ def expert_success(task: Gantry, expert: GantryExpert, n: int, noise: bool) -> f
 
 
 @pytest.mark.parametrize("noise", [False, True])
-@pytest.mark.parametrize(("pillar", "least"), [(False, 0.99), (True, 0.97)])
-def test_the_expert_succeeds(pillar, least, noise):
-    task = Gantry(pillar=pillar)
+@pytest.mark.parametrize(("options", "least"), [({}, 0.99), ({"pillar": True}, 0.97), ({"belt": 0.2}, 0.97)])
+def test_the_expert_succeeds(options, least, noise):
+    task = Gantry(**options)
     rate = expert_success(task, task.expert(200, 1), 200, noise)
-    print(f"\nexpert, pillar {pillar}, noise {noise}: {rate:.3f} of 200 seeds")
+    print(f"\nexpert, {options}, noise {noise}: {rate:.3f} of 200 seeds")
     assert rate >= least
+
+
+@pytest.mark.parametrize(("belt", "least", "most"), [(0.0, 0.95, 1.0), (0.2, 0.0, 0.1)])
+def test_on_a_belt_an_expert_that_sees_late_misses_and_elsewhere_it_does_not(belt, least, most):
+    class Late(GantryExpert):
+        seen: list = []
+
+        def act(self, obs):
+            self.seen = [*self.seen, obs][-3:]
+            return super().act(self.seen[0])
+
+    task = Gantry(belt=belt)
+    rate = expert_success(task, Late(task, 100, 1), 100, noise=False)
+    print(f"\nbelt {belt} m/s, seen 0.2 s late: {rate:.2f} of 100 seeds")
+    assert least <= rate <= most
+
+
+def test_the_disc_rides_at_its_speed_and_takes_the_cube_along():
+    task = endless(lambda: Gantry(belt=0.2), 100)
+    states = State.stack([task.reset(seed) for seed in range(20)])
+    velocity = states.qvel[:, -2:].copy()
+    assert set(np.round(np.abs(velocity[:, 0]), 9)) == {0.2} and set(np.sign(velocity[:, 0])) == {-1, 1} and not velocity[:, 1].any()
+    assert (np.abs(states.qpos[:, 6] - states.qpos[:, -1]) > 0.08).all()  # passing the cube where it lies is no success
+    states.qpos[:, 5:8] = np.column_stack([states.qpos[:, -2:], np.full(20, 0.023)])
+    states.qvel[:, 5:7] = velocity
+    env, start = BatchEnv(task, 20), states.qpos.copy()
+    env.reset(options={"state": states})
+    for _ in range(20):
+        obs, *_ = env.step(np.concatenate([start[:, :3], np.full((20, 1), 0.04)], 1))
+    env.close()
+    assert np.abs(obs["goal"] - (start[:, -2:] + 2.0 * velocity)).max() < 1e-5
+    assert np.abs(obs["goal_from_cube"]).max() < 2e-3 and np.abs(obs["goal_velocity"] - velocity).max() < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"belt": -0.1}, {"belt": 0.5}, {"belt": float("nan")}, {"belt": 0.1, "pillar": True}])
+def test_a_belt_that_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match="belt"):
+        Gantry(**options)
 
 
 def test_the_straight_way_through_the_pillar_fails():

@@ -15,6 +15,7 @@ from policy.serve.bridge import SETTLE, Bridge
 from policy.serve.execution import Execution
 from policy.serve.robot import RobotState
 from policy.serve.view import ROOT, View, facts
+from scripts.driving import lateness
 from tests.serve.fakes import DT, HORIZON, ROBOT, FakeClient, FakeDriver
 from tests.serve.test_bridge import Rig, wave
 
@@ -47,6 +48,26 @@ def test_a_run_is_over_when_all_that_was_sent_has_been_played():
         now, rest = bridge.driver.q.copy(), bridge.driver.buffer.q
         assert np.abs(now - before).max() > 0.05 and np.array_equal(now, rest[-1]) and np.abs(bridge.limiter.q - now).max() < 1e-12
         assert bridge.supervisor.mode == "HOLD"
+
+
+def test_a_missed_period_is_an_event_with_what_the_system_took_meanwhile():
+    bridge, slept = bridge_of(), []
+
+    def sleepy(state: RobotState) -> bool:
+        if not slept and time.monotonic() > start + 0.3:
+            slept.append(time.sleep(0.06))
+        return False
+
+    start = time.monotonic()
+    bridge.run(0.8, until=sleepy, priority=None)
+    late = [e for e in bridge.journal.events if e["event"] == "late"]
+    worst = max(late, key=lambda e: e["late_ms"])
+    assert 35 <= worst["late_ms"] < 500 and worst["put_off"] >= 0 and worst["t"] > start + 0.3
+    said = lateness(bridge, start)
+    assert said.startswith(f" (the loop was {worst['late_ms']:.0f} ms late") and lateness(bridge, time.monotonic()) == ""
+    worst.update(stolen_ms=80, disk_faults=1, late_ms=600)
+    assert lateness(bridge, start) == (" (the loop was 600 ms late, 80 ms of its cores were taken by the host of this virtual machine and "
+                                       "1 page had to be read from a disk)")
 
 
 @pytest.mark.parametrize("lag, told", [(0.3, 0), (1e9, 1)])
