@@ -132,7 +132,8 @@ def kept(cfg: DictConfig, bridge: Bridge, card: Card) -> Iterator[Recording]:
     except ImportError as e:
         raise ImportError(f"record=… writes a zarr store and needs {e.name}: pip install 'dipole[deploy]'") from e
     robot, dt = bridge.robot, bridge.execution.dt
-    action = Semantics("absolute", "joint", parts={"joints": tuple(range(robot.dof))}, text=f"where {', '.join(robot.joints)} are commanded to be a step later")
+    text = f"where {', '.join(robot.joints)} are commanded to be {bridge.execution.knot:g} steps later"
+    action = Semantics("absolute", "joint", parts={"joints": tuple(range(robot.dof))}, text=text)
     with Recorder(Path(cfg.record), fps=1 / dt, units={**card.units, "action": ", ".join(robot.units)}, action_semantics=action.text,
                   attrs={"task": card.task, "robot": robot.name, "joints": list(robot.joints), "obs": list(bridge.obs), "policy": card.model_id,
                          "action": action.to_json()}) as recorder:

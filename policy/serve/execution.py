@@ -27,12 +27,14 @@ class Following:
 class Execution:
     """What a robot does next according to the newest chunks.
 
-    Action i of a chunk observed at t0 is reached at t0 + (i + knot) dt; cubic in between.   execute: actions from one observation that is planned from
+    Action i of a chunk observed at t0 is reached at t0 + (i + knot) dt; cubic in between. Demonstrations hold action i from t0 + i dt to t0 + (i + 1) dt, so
+    knot=0.5 has the robot on time in the mean, 1 half a step late.   execute: actions from one observation that is planned from
     to the next.   merge: policy.timeline.MERGES.   most: actions of a prefix that the planner takes.   align: False starts a chunk when it arrives
-    instead of when it is due, as naive robots do.
+    instead of when it is due, as naive robots do. A robot at rest starts so in any case: it has missed nothing, and being where a plan says by now would
+    be a jump. The next plan is on time.
     """
 
-    def __init__(self, robot: RobotSpec, horizon: int, dt: float, *, merge: str = "naive", execute: int = 8, knot: float = 1.0, align: bool = True,
+    def __init__(self, robot: RobotSpec, horizon: int, dt: float, *, merge: str = "naive", execute: int = 8, knot: float = 0.5, align: bool = True,
                  decay: float = 0.1, most: int | None = None):
         if merge not in MERGES:
             raise ValueError(f"merge {merge!r} is unknown; use one of {', '.join(MERGES)}")
@@ -75,7 +77,7 @@ class Execution:
         if (bad := np.abs(np.diff(a, axis=0)) > (1 + ROUNDING) * self.step).any():
             i, j = np.argwhere(bad)[0]
             return f"speed: {self.robot.joints[j]} by {a[i + 1, j] - a[i, j]:.3g} {self.robot.units[j]} in one step, {self.step[j]:.3g} allowed"
-        at = min(max(0.0, (now - chunk.t0) / self.dt), self.horizon - 1) if self.align else 0.0
+        at = min(max(0.0, (now - chunk.t0) / self.dt), self.horizon - 1) if self.align and self.now is not None else 0.0
         jump = shifted(a[None], at, 1)[0][0, 0] - q
         if (bad := np.abs(jump) > 2 * self.step).any():
             j = int(np.argmax(bad))
@@ -87,10 +89,11 @@ class Execution:
 
         From its observation to `now` is the delay that the planner is told to expect.
         """
-        t0 = chunk.t0 if self.align else now
+        rest = self.align and self.now is None
+        t0 = now + (1 - self.knot) * self.dt if rest else chunk.t0 if self.align else now
         self.delays.append(now - chunk.t0)
         before = self.target(np.array([now]))[0][0] if self.covers(now, now) else None
-        anchor = self.target(np.array([t0]))[0][0] if self.now is not None and self.align and self.covers(t0, t0) else q
+        anchor = self.target(np.array([t0]))[0][0] if self.align and self.covers(t0, t0) else q
         old = self.now
         plan = Plan.of(chunk.actions[None]) if old is None else take_over(old.plan, chunk.actions[None], (t0 - old.t0) / self.dt, self.merge, decay=self.decay)
         new = Following(plan, t0, np.concatenate([anchor[None], plan.actions[0]]))

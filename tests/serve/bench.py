@@ -43,7 +43,8 @@ class Bench:
         self.client.expect = replace(Expect.of(self.robot), dt=self.card.dt, model_id=self.card.model_id)
         self.driver = MujocoDriver(dance.node(robot)["driver"]["task"], log=str(tmp / "robot.npz"))
         self.journal = Journal()
-        execution = Execution(self.robot, self.card.horizon, self.card.dt, execute=self.card.horizon * 2 // 5, most=self.card.committed, align=align)
+        execution = Execution(self.robot, self.card.horizon, self.card.dt, execute=self.card.horizon * 2 // 5, most=self.card.committed, align=align,
+                              knot=1.0)  # the dance says where to be a step later
         self.bridge = Bridge(self.driver, self.client, self.robot, execution, obs=self.card.obs, journal=self.journal,
                              settings=Settings(**{"hold": 30.0, "rejects": 10**6, **settings}))
         self.bridge.connect()

@@ -22,10 +22,10 @@ def follow_wave(t_obs, obs, prefix, committed):
 
 
 class Rig:
-    def __init__(self, plan=follow_wave, *, delay=0.04, settings=None, merge="naive", execute=8, align=True):
+    def __init__(self, plan=follow_wave, *, delay=0.04, settings=None, merge="naive", execute=8, align=True, knot=1.0):
         self.clock = Clock()
         self.driver, self.client = FakeDriver(self.clock, np.zeros(2)), FakeClient(self.clock, plan, delay)
-        execution = Execution(ROBOT, HORIZON, DT, merge=merge, execute=execute, align=align)
+        execution = Execution(ROBOT, HORIZON, DT, merge=merge, execute=execute, align=align, knot=knot)  # 1: `wave` says where to be then
         self.bridge = Bridge(self.driver, self.client, ROBOT, execution, obs={"q": (2,)}, settings=settings, clock=self.clock)
         self.bridge.connect()
         self.modes: list[Mode] = []
@@ -72,6 +72,25 @@ def test_unaligned_plans_run_late_so_alignment_is_what_the_test_above_sees():
     rig = Rig(delay=0.12, align=False).run(6.0)
     t = (np.arange(len(rig.q)) + 1) / RATE
     assert np.abs(rig.q - wave(t))[t > 1.0].max() > 0.05
+    rig.within_limits()
+
+
+@pytest.mark.parametrize("knot", [0.5, 1.0])
+def test_a_robot_at_rest_enters_its_plan_at_the_beginning_and_the_next_one_on_time(knot):
+    """Two steps late, it would have to jump by what it missed: here a plan that leads away at .8 rad/s from where the robot was seen."""
+    away = np.array([0.8, 0.4])
+    rig = Rig(lambda t_obs, obs, prefix, committed: obs["q"][-1] + away * DT * np.arange(1, HORIZON + 1)[:, None], delay=2 * DT, knot=knot, execute=4)
+    execution, seen = rig.bridge.execution, []
+
+    def look(rig, t):
+        if execution.now is not None:
+            seen.append((rig.clock.now, execution.now.t0, np.abs(execution.target(np.array([rig.clock.now + 1e-9]))[0][0] - rig.bridge.limiter.q).max()))
+    rig.run(0.5, look)
+    landed = seen[0][0]  # looked at a period after it came
+    assert abs(seen[0][1] - (landed + (1 - knot) * DT)) < 1e-6  # its own time begins when it lands
+    assert max(gap for now, _, gap in seen if now < landed + 2 * DT) < 0.8 * DT  # and nothing is to be caught up with
+    later = [t0 for _, t0, _ in seen if t0 > seen[0][1] + DT]
+    assert later and min(abs(later[0] - o["t_obs"]) for o in rig.client.asked) < 1e-9
     rig.within_limits()
 
 
