@@ -160,7 +160,17 @@ def execution_of(cfg: DictConfig, card: Card, robot: RobotSpec, control: dict[st
 
 
 def folder_of(cfg: DictConfig) -> Path:
-    return Path(cfg.out) if cfg.out else Path("outputs/deploy") / cfg.robot.spec.name / time.strftime("%Y-%m-%d_%H-%M-%S")
+    """cfg.out, or a new folder: two that start in one second get one each."""
+    if cfg.out:
+        return Path(cfg.out)
+    first = Path("outputs/deploy") / cfg.robot.spec.name / time.strftime("%Y-%m-%d_%H-%M-%S")
+    for folder in (first, *(first.with_name(f"{first.name}_{i}") for i in range(2, 100))):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise FileExistsError(f"{first} and 98 more are there: name a folder, out=…")
 
 
 def run(bridge: Bridge, cfg: DictConfig, seconds: float, until: Callable[[RobotState], bool]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from policy.serve.card import Card
 from policy.serve.expect import Expect
 from policy.serve.robot import RobotSpec
-from scripts.driving import options_of
+from scripts.driving import folder_of, options_of
 from tests.serve.fakes import ROBOT
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +49,14 @@ def test_the_simulated_robot_plays_the_runs_own_environment(tmp_path):
 
     assert options(str(tmp_path), "envs.gantry:Gantry") == {"pillar": False, "belt": 0.2}
     assert options(str(tmp_path), "envs.panda:PandaPick") == options(None, "envs.gantry:Gantry") == options(str(tmp_path / "no"), "envs.gantry:Gantry") == {}
+
+
+def test_two_runs_that_start_in_one_second_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "2026-11-26_16-10-44")
+    cfg = OmegaConf.create({"out": None, "robot": {"spec": {"name": "toy"}}})
+    assert [folder_of(cfg).name for _ in range(3)] == ["2026-11-26_16-10-44", "2026-11-26_16-10-44_2", "2026-11-26_16-10-44_3"]
+    assert folder_of(OmegaConf.merge(cfg, {"out": "mine"})) == Path("mine") and not Path("mine").exists()
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path):
