@@ -36,13 +36,15 @@ class Controller:
     def __init__(self, planner: Planner, *, execute: int = 8, delay: int = 0, align: bool = True, merge: str = "naive", warm: float | None = None,
                  limit: float = 5.0, prior: float = 1.0):
         horizon = planner.spec.horizon
-        if not 1 <= execute <= horizon:
-            raise ValueError(f"execute={execute} must be between 1 and the planner's horizon {horizon}")
+        if type(execute) is not int or not 1 <= execute <= horizon:
+            raise ValueError(f"execute={execute!r} must be between 1 and the planner's horizon {horizon}")
         if not isinstance(delay, int) or delay < 0:
             raise ValueError(f"delay={delay!r} must be a whole number of control steps from 0")
         if execute + delay > horizon:
             raise ValueError(f"execute={execute} and delay={delay} need plans of {execute + delay} steps, the planner's horizon is {horizon}: "
                              "lower one of the two, or train with a longer horizon")
+        if not isinstance(align, bool):
+            raise ValueError(f"control.align={align!r} must be true or false")
         if merge not in MERGES:
             raise ValueError(f"control.merge={merge!r} is unknown; use one of {', '.join(MERGES)}")
         if not align and (merge != "naive" or warm is not None):

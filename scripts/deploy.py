@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from hydra.utils import get_class
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 
 from policy.page import counted, save_json
@@ -19,7 +19,7 @@ from policy.stats import wilson
 from policy.train.log import console
 from scripts import deploy_page, serving
 from scripts.cli import words_to_overrides
-from scripts.driving import FAILURES, Ended, episodes, folder_of, opened, over, quiet_bar, run, view
+from scripts.driving import FAILURES, Ended, episodes, folder_of, opened, options_of, over, quiet_bar, run, view
 from scripts.verb import verb
 
 
@@ -186,6 +186,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         values = [cfg.delay] if name == "delay" else list(cfg.delays) if isinstance(cfg.delays, Sequence) and len(cfg.delays) else [None]
         if not all(isinstance(d, int | float) and not isinstance(d, bool) and 0 <= d < math.inf for d in values):
             raise ValueError(f"{name}={cfg[name]} must be {'a list of seconds from 0, such as [0,0.04]' if name == 'delays' else 'seconds from 0'}")
+    if options := {**options_of(cfg), **(cfg.robot.driver.get("options") or {})}:
+        OmegaConf.update(cfg, "robot.driver.options", options, force_add=True)
     if cfg.do and not hasattr(get_class(cfg.robot.driver._target_), "reset"):
         raise ValueError(f"robot={cfg.robot.spec.name} is no simulated one, it has no episodes: run dipole deploy without {cfg.do}")
     return known[cfg.do](cfg)

@@ -72,6 +72,7 @@ def numbers(facts: dict[str, Any]) -> str:
 
 def events(journal: Journal) -> str:
     rows = [e for e in journal.events if e["event"] in ("mode", "refused", "lost", "slow", "rearmed", "moving", "stop_failed", "unwritten")][-200:]
+    rows = sorted([*rows, *journal.late], key=lambda e: float(e["t"]))
     start = journal.events[0]["t"] if journal.events else 0.0
     cells = ([f"{e['t'] - start:.2f} s", e["event"], str(e.get("mode", "")), str(e.get("why", ""))] for e in rows)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in cells)
@@ -100,7 +101,7 @@ def timeline(out: Path, journal: Journal, robot: RobotSpec, *, last: bool = Fals
         axes[0].plot([landed, end], [y, y], color="#2563eb", lw=5, alpha=0.75, solid_capstyle="butt")
         axes[0].plot([start], [y], "|", color="#1b1f24", ms=9)
     axes[0].set(yticks=[], ylabel="chunks", title="observed |, planned and sent (grey), then as far as it reaches (blue)")
-    jumps = np.r_[False, np.diff(t) > 1.5 / robot.rate]  # between episodes
+    jumps = np.r_[False, np.diff(t) - a["late"][1:] > 1.5 / robot.rate]  # between episodes; a loop that was late is no gap
     for mode, colour in COLOURS.items():
         here = a["mode"] == mode
         axes[1].fill_between(t[keep], 0, 1, where=(here | np.r_[False, here[:-1]] & ~jumps)[keep], step="post", color=colour, label=mode, lw=0)

@@ -78,8 +78,7 @@ def opened(cfg: DictConfig, ended: Ended, folder: Path, delay: float = 0.0, **co
     robot: RobotSpec = instantiate(node["spec"], _convert_="all")
     folder.mkdir(parents=True, exist_ok=True)
     recording = {"log": str(folder / "robot.npz")} if str(node["driver"]["_target_"]).endswith("MujocoDriver") else {}
-    own = {"options": {**options_of(cfg), **(node["driver"].get("options") or {})}} if recording else {}
-    driver = instantiate(node["driver"], **recording, **own, _convert_="all")
+    driver = instantiate(node["driver"], **recording, _convert_="all")
     with ExitStack() as stack:
         journal = Journal(folder / "bridge.jsonl")
         stack.callback(journal.close)
@@ -213,10 +212,10 @@ def episodes(bridge: Bridge, cfg: DictConfig, seeds: Sequence[int], ended: Ended
 
 def lateness(bridge: Bridge, since: float) -> str:
     """How late the loop was at worst since then, and what the system took meanwhile; '' when it missed no period."""
-    if not (missed := [e for e in bridge.journal.events if e["event"] == "late" and e["t"] >= since]):
+    if not (missed := [e for e in bridge.journal.late if e["t"] >= since]):
         return ""
     worst = max(missed, key=lambda e: e["late_ms"])
-    taken = [f"{worst['stolen_ms']} ms of its cores were taken by the host of this virtual machine"] if worst.get("stolen_ms") else []
+    taken = [f"in the 2 s before {worst['stolen_ms']} ms of its cores were taken by the host of this virtual machine"] if worst.get("stolen_ms") else []
     taken += [f"{counted(worst['disk_faults'], 'page')} had to be read from a disk"] if worst.get("disk_faults") else []
     return f" (the loop was {worst['late_ms']:.0f} ms late{', ' + ' and '.join(taken) if taken else ''})"
 

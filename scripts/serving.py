@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from policy.page import read_json
 
+PLANS = ("sampler", "guide", "checkpoint=", "precision=", "control.warm=", "control.limit=", "control.prior=")  # settings of dipole serve that change plans
 READY = re.compile(r"^ready (\S+) ", re.MULTILINE)  # of dipole serve, whole
 
 
@@ -88,11 +89,11 @@ def resident(pid: int) -> float:
 
 
 def in_process(cfg: DictConfig, folder: Path, control: dict[str, Any]) -> dict[str, Any]:
-    """`dipole eval` of the same seeds with these control settings: {success, success_ci, …}; empty when there is no run to evaluate."""
+    """`dipole eval` of the same seeds and planner with these control settings: {success, success_ci, …}; empty when there is no run to evaluate."""
     if not cfg.run:
         return {}
     out = folder / "in_process"
-    words = [*(f"control.{k}={str(v).lower()}" for k, v in control.items()), *warm(cfg)]
+    words = [*(w for w in cfg.serve if w.startswith(PLANS)), *(f"control.{k}={str(v).lower()}" for k, v in control.items()), *warm(cfg)]
     done = subprocess.run([sys.executable, "-m", "scripts.cli", "eval", f"run={cfg.run}", f"episodes={cfg.episodes}", f"seed={cfg.seed}", "videos=0",
                            f"out={out}", *words], capture_output=True, text=True, env=_environment())
     if done.returncode:

@@ -72,7 +72,7 @@ class Bridge:
         self.limiter = Limiter(robot, 1 / driver.rate, self.steps)
         self.supervisor = Supervisor(patience=self.settings.patience, hold=self.settings.hold)
         self.history, self.epoch, self.asked, self.rejected, self.behind, self.answered = history, 0, -math.inf, 0, 0, True
-        self.sent, self.still, self.last_refusal, self.was_lost, self.warned = math.nan, -math.inf, "", False, False
+        self.sent, self.still, self.last_refusal, self.was_lost, self.warned, self.skipped = math.nan, -math.inf, "", False, False, False
         self.watchers: list[Callable[[Bridge, float], None]] = []  # told of every period and how late [s] it was: policy.serve.view, recording
         self.states: deque[tuple[RobotState, dict[str, np.ndarray]]] = deque(maxlen=int(robot.rate * (history * execution.dt + 1)) + 8)
         self.counts: Counter[str] = Counter()
@@ -91,13 +91,14 @@ class Bridge:
         seen = self.observe(state)
         if wrong := [f"{k} {size}" for k, size in self.obs.items() if k not in seen or np.shape(seen[k]) != size]:
             raise DriverError(f"the policy sees {', '.join(wrong)}, but {self.robot.name} observes {', '.join(f'{k} {np.shape(v)}' for k, v in seen.items())}: "
-                              "give what is missing by the driver's obs or the bridge's observe")
+                              "give what is missing by the driver's obs or the bridge's observe; where the robot is simulated, by the options of its task, "
+                              "such as robot.driver.options.belt=0.2")
         self.state, self.epoch = state, self.epoch + 1
         self.states.clear()
         self.execution.forget()
         self.limiter.reset(np.asarray(state.info.get("commanded", state.q), float))
         self.rejected, self.behind, self.asked, self.answered, self.sent = 0, 0, -math.inf, True, math.nan
-        self.still = -math.inf
+        self.still, self.skipped = -math.inf, False
         self.supervisor.restart()
 
     def rearm(self, timeout: float = 5.0) -> None:
@@ -127,7 +128,7 @@ class Bridge:
                 for watch in self.watchers:
                     watch(self, late)
                 if late > self.period:
-                    self._say("late", late_ms=round(1e3 * late, 1), **taken.look())
+                    self._say("late", why=f"a period came {1e3 * late:.0f} ms late", late_ms=round(1e3 * late, 1), **taken.look())
                 if (count := count + 1) % max(1, round(TIDY * self.robot.rate)) == 0:
                     realtime.tidy(deadline + self.period)
                     taken.look()
@@ -151,7 +152,7 @@ class Bridge:
     def tick(self, now: float, late: float = 0.0, *, ending: bool = False) -> None:
         """One control period: read, take in a plan, ask for the next, decide, command the period that follows."""
         fault = self._read(now)
-        self.behind = self.behind + 1 if late > self.period else 0
+        self.behind = self.behind + 1 if late > self.period or self.skipped else 0
         if self.behind > self.settings.missed:
             fault = fault or f"the control loop was late {self.behind} times in a row: give the planner another core or lower the rate"
         first = now + self.period  # what is sent now is played from then on
@@ -275,7 +276,8 @@ class Bridge:
 
     def _command(self, first: float) -> None:
         """Setpoints of the period from `first` on and the braking tail behind it. A period that comes too late is left to the tail sent before."""
-        if self.clock() > first - GUARD:
+        self.skipped = self.clock() > first - GUARD
+        if self.skipped:
             self.counts["skipped"] += 1
             return
         if (gap := round((first - self.sent) * self.driver.rate) if math.isfinite(self.sent) else 0) > 0:

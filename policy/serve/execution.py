@@ -38,6 +38,10 @@ class Execution:
                  decay: float = 0.1, most: int | None = None):
         if merge not in MERGES:
             raise ValueError(f"merge {merge!r} is unknown; use one of {', '.join(MERGES)}")
+        if not isinstance(align, bool):
+            raise ValueError(f"control.align={align!r} must be true or false")
+        if type(execute) is not int or isinstance(knot, bool) or not isinstance(knot, int | float):
+            raise ValueError(f"control.execute={execute!r} must be a whole number, control.knot={knot!r} a number from 0 to 1")
         if not 1 <= execute < horizon:
             raise ValueError(f"execute={execute} must be between 1 and {horizon - 1}: a plan of {horizon} actions must outlast its successor's planning")
         if not 0 <= knot <= 1:

@@ -20,13 +20,14 @@ WAITING = 10_000  # lines that a slow disk may leave unwritten before more are l
 class Journal:
     """path: JSON lines, one object each: events (mode, refused, chunk, …), and once a second mode and lateness.
 
-    In memory, taken at the start and bounded: ticks of the last `keep` s, the last 1000 chunks, the last 1000 other events.
+    In memory, taken at the start and bounded: ticks of the last `keep` s, the last 1000 chunks, 100 moments when the loop was late, 1000 other events.
     """
 
     def __init__(self, path: Path | str | None = None, *, keep: float = 600.0):
         self.path, self.keep = None if path is None else Path(path), keep
         self.chunks: deque[dict[str, Any]] = deque(maxlen=1000)
         self.events: deque[dict[str, Any]] = deque(maxlen=1000)
+        self.late: deque[dict[str, Any]] = deque(maxlen=100)
         self.obtained: dict[str, Any] = {}
         self.robot: RobotSpec | None = None
         self.ticks = 0  # since the start
@@ -53,7 +54,7 @@ class Journal:
     def event(self, t: float, event: str, facts: dict[str, Any]) -> None:
         row = {"t": round(t, 4), "event": event, **facts}
         if event != "chunk":
-            self.events.append(row)
+            (self.late if event == "late" else self.events).append(row)
         self._put(row)
 
     def chunk(self, chunk: Chunk, now: float, seam: float, execution: Any) -> None:
@@ -83,7 +84,7 @@ class Journal:
             out["largest_intervention"] = dict(zip(self.robot.joints, limiter.largest.round(4).tolist(), strict=True))  # in the joints' units
             late = 1e3 * a["late"]
             out["late_ms"] = dict(zip(("p50", "p99", "max"), (float(np.percentile(late, p)) for p in (50, 99, 100)), strict=True))
-            out["missed"] = int((late > 1e3 / self.robot.rate).sum())
+            out["missed"] = int(np.floor(a["late"] * self.robot.rate).sum())  # periods
             out["modes"] = {m: round(float((a["mode"] == m).mean()), 4) for m in np.unique(a["mode"]).tolist()}
         if self.chunks:
             for name in ("plan_ms", "rtt_ms", "delay_steps", "seam"):

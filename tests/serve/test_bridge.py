@@ -216,6 +216,16 @@ def test_a_loop_that_misses_periods_leaves_the_robot_to_its_braking_tail():
     assert rig.bridge.counts["skipped"] > 50 and np.ptp(rig.q, axis=0).min() > 0.3
 
 
+def test_a_loop_that_never_commands_in_time_stops_the_robot():
+    """Each period's work ends just before the next one: nothing is late by a whole period, and nothing is sent."""
+    rig = Rig().run(1.0)
+    assert rig.modes[-1] is Mode.RUN
+    for i in range(20):
+        rig.clock.now = 101.0 + i / ROBOT.rate + 0.0195
+        rig.bridge.tick(101.0 + i / ROBOT.rate, 0.0195)
+    assert rig.bridge.supervisor.mode is Mode.STOP and "late 11 times in a row" in rig.bridge.supervisor.reason
+
+
 @pytest.mark.parametrize("merge", ["naive", "ensemble", "frozen"])
 def test_no_limit_is_exceeded_whatever_comes(merge):
     """A minute of plans that are sometimes good, sometimes jump inside what is allowed, sometimes are garbage, late or lost."""
