@@ -31,10 +31,10 @@ class Gantry(Task):
     expert_noise = (0.004, 0.004, 0.004, 0.0)
 
     def __init__(self, *, pillar: bool = False, belt: float = 0.0, max_steps: int = 100) -> None:
+        if not isinstance(belt, int | float | np.integer | np.floating) or (belt and not 0.1 <= belt <= 0.3):
+            raise ValueError(f"belt={belt} m/s must be 0 (none) or 0.1 to 0.3: a slower disc is there before the cube is up, a faster one cannot be followed")
         if pillar and belt:
             raise ValueError("a gantry has a pillar or a belt, not both: the pillar stands where the belt runs")
-        if belt and not 0.1 <= belt <= 0.3:
-            raise ValueError(f"belt={belt} m/s must be 0 (none) or 0.1 to 0.3: a slower disc is there before the cube is up, a faster one cannot be followed")
         self.pillar, self.belt, self.max_steps = pillar, belt, max_steps
         self.action_space = box([-REACH, -REACH, 0.01, 0.0], [REACH, REACH, 0.3, OPEN], (4,))
         shapes = {"hand": 3, "cube": 3, "cube_from_hand": 3, "opening": 1, "goal": 2, "goal_from_cube": 2}

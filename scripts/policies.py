@@ -1,6 +1,6 @@
 """The policy of a run behind the one call that plans: what serve and export begin with."""
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files as files_of
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from policy.serve.card import Backend
 from policy.serve.expect import plain
 from policy.serve.fastplan import FastPlan
 from policy.serve.measure import random_observations
+from policy.timeline import MERGES
 from policy.train import checkpoint
 from policy.types import Spec
-from scripts import common
+from scripts import common, settings
 
 log = logging.getLogger("dipole.serve")
 PLANS = ("warm", "limit", "prior")  # of control: how the planner goes on from what is promised
@@ -29,6 +30,7 @@ def policy_of(cfg: DictConfig, folder: Path, device: str = "cpu", **origin: Any)
     """The checkpoint of a run drawing plans as cfg says, and what checkpoint.build makes it of.   origin: what else its card says of where it comes from."""
     planner, facts = checkpoint.load(folder, cfg.checkpoint, device=device, trust=list(cfg.trust))
     sampler, guides, control = common.plain(cfg.sampler), common.guide_config(cfg), common.plain(cfg.control)
+    check_control(control, planner.spec.horizon, planner.rtc)
     planner.set_sampler(**checkpoint.sampling(sampler, list(cfg.trust)))
     planner.set_guides(checkpoint.guides(guides, list(cfg.trust)))
     config = {**facts["planner"], "sampler": sampler, "guides": guides}
@@ -37,6 +39,23 @@ def policy_of(cfg: DictConfig, folder: Path, device: str = "cpu", **origin: Any)
     names, units = joints_of(cfg, planner.spec)
     return PlannerBackend(planner, {**config, "precision": cfg.precision}, facts=origin, joints=names, joint_units=units,
                           **{k: control[k] for k in PLANS if k in control}), config
+
+
+def check_control(control: Mapping[str, Any], horizon: int, rtc: int) -> None:
+    """ValueError when no planner of this horizon can go on like that, or no bridge follow the advice.   rtc: actions it was trained to be promised."""
+    said = {f"control.{k}": v for k, v in control.items()}
+    settings.whole(1, **{k: v for k, v in said.items() if k == "control.execute"})
+    settings.whole(0, **{k: v for k, v in said.items() if k == "control.delay"})
+    settings.number(0, **{k: v for k, v in said.items() if k in ("control.limit", "control.prior")})
+    if (execute := control.get("execute", 1)) > horizon:
+        raise ValueError(f"control.execute={execute} must be between 1 and the planner's horizon {horizon}")
+    if (merge := control.get("merge", "naive")) not in MERGES:
+        raise ValueError(f"control.merge={merge} is unknown; use one of {', '.join(MERGES)}")
+    if merge == "prefix" and not rtc:
+        raise ValueError("control.merge=prefix needs a policy trained with train.rtc: use control.merge=frozen or guided, which need no training")
+    warm = control.get("warm")
+    if warm is not None and not (type(warm) in (int, float) and 0 < warm <= 1):
+        raise ValueError(f"control.warm={warm} must be a noise time above 0 and not above 1, or null: from noise")
 
 
 def joints_of(cfg: DictConfig, spec: Spec) -> tuple[Sequence[str], Sequence[str]]:

@@ -33,7 +33,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"dipole serve {cfg.do} is unknown; settings are written key=value")
     if bool(cfg.run) == bool(cfg.artifact):
         raise ValueError("what is to be served? Name the folder of a run, dipole serve run=FOLDER, or of an export, dipole serve artifact=FOLDER")
-    settings.whole(1, threads=cfg.threads, **{"limits.bytes": cfg.limits.bytes, "limits.connections": cfg.limits.connections})
+    settings.whole(1, threads=cfg.threads, **{"limits.connections": cfg.limits.connections})
+    settings.whole(1024, **{"limits.bytes": cfg.limits.bytes})  # with less no observation of any model fits
     settings.number(0, delay=cfg.delay)
     settings.truth(**{k: cfg[k] for k in ("insecure", "openpi", "fast")})
     if bool(cfg.tls.cert) != bool(cfg.tls.key):

@@ -25,7 +25,7 @@ from policy.serve.expect import Expect, WrongRobot
 from policy.serve.ledger import Asked, Chunk, Ledger, PlannerError, Stats
 from policy.serve.packing import Limits, WireError, sendable
 from policy.serve.receive import receive
-from policy.serve.wire import Err, Hello, Observation, Planned, unpack
+from policy.serve.wire import WHOLE, Err, Hello, Observation, Planned, unpack
 
 __all__ = ["Chunk", "Expect", "PlannerClient", "PlannerError", "Refused", "Stats", "Timeouts", "WrongRobot"]
 PATH = "/plan"
@@ -111,8 +111,13 @@ class PlannerClient:
         def copy(x: Any) -> np.ndarray:  # the caller goes on writing into its own
             return np.array(sendable(x))
 
-        if seed is not None and not 0 <= seed < 2**63:
-            raise WireError("schema", f"seed={seed} must be a whole number from 0 to 2^63 - 1")
+        for name, whole in {"epoch": epoch, "committed": committed, **({} if seed is None else {"seed": seed})}.items():
+            if not isinstance(whole, int) or not 0 <= whole <= WHOLE:
+                raise WireError("schema", f"{name}={whole!r} must be a whole number from 0 to 2^63 - 1")
+        if not isinstance(t_obs, int | float | np.integer | np.floating) or not 0 <= t_obs < WHOLE // 10**9:
+            raise WireError("schema", f"t_obs={t_obs!r} must be seconds of the monotonic clock, as time.monotonic() gives them, not nanoseconds")
+        if other := [k for k in obs if not isinstance(k, str)]:
+            raise WireError("schema", f"an observation's keys are text, and {other[0]!r} is none: give {{name: array}} with the names of the model's card")
         now = time.monotonic()
         deadline = math.inf if deadline_s is None else now + deadline_s
         request = Observation(0, epoch, int(t_obs * 1e9), {k: copy(v) for k, v in obs.items()}, None, None if prefix is None else copy(prefix), committed,

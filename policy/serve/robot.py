@@ -37,8 +37,11 @@ class RobotSpec:
         n = len(self.joints)
         if wrong := [k for k in ("units", "lower", "upper", "velocity", "acceleration", "jerk") if len(getattr(self, k)) != n]:
             raise ValueError(f"robot {self.name} has {n} joints, but {', '.join(f'{len(getattr(self, k))} of {k}' for k in wrong)}: one for each")
-        if len(self.step) not in (0, n):
-            raise ValueError(f"robot {self.name} has {n} joints, but {len(self.step)} of step: one for each, or none")
+        if not isinstance(self.step, Sequence | np.ndarray) or len(self.step) not in (0, n) or not all(number(x) and x > 0 for x in self.step):
+            raise ValueError(f"robot {self.name}: step={self.step} must be empty, or one finite number above 0 for each of the {n} joints")
+        for key in ("latency_obs", "latency_action"):
+            if not number(getattr(self, key)) or getattr(self, key) < 0:
+                raise ValueError(f"robot {self.name}: {key}={getattr(self, key)!r} must be a finite number of seconds from 0")
         if len(set(self.joints)) != n:
             raise ValueError(f"robot {self.name} names a joint twice: {', '.join(self.joints)}")
         low, high = np.asarray(self.lower, float), np.asarray(self.upper, float)
@@ -51,6 +54,11 @@ class RobotSpec:
     @property
     def dof(self) -> int:
         return len(self.joints)
+
+
+def number(x: object) -> bool:
+    """Whether x is a finite number."""
+    return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool) and bool(np.isfinite(x))
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def test_the_disc_rides_at_its_speed_and_takes_the_cube_along():
     assert np.abs(obs["goal_from_cube"]).max() < 2e-3 and np.abs(obs["goal_velocity"] - velocity).max() < 1e-5
 
 
-@pytest.mark.parametrize("options", [{"belt": -0.1}, {"belt": 0.5}, {"belt": float("nan")}, {"belt": 0.1, "pillar": True}])
+@pytest.mark.parametrize("options", [{"belt": -0.1}, {"belt": 0.5}, {"belt": float("nan")}, {"belt": "fast"}, {"belt": None}, {"belt": [0.2]},
+                                     {"belt": 0.1, "pillar": True}])
 def test_a_belt_that_cannot_be_is_refused(options):
     with pytest.raises(ValueError, match="belt"):
         Gantry(**options)

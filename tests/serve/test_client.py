@@ -261,6 +261,19 @@ def test_what_cannot_be_sent_is_said_at_once(server):
         client.submit({"x": np.array(["a"])}, 0.0)
 
 
+@pytest.mark.parametrize("given, words", [
+    ({"t_obs": time.monotonic_ns()}, "t_obs=.* seconds of the monotonic clock"), ({"t_obs": float("nan")}, "t_obs=nan"), ({"t_obs": -1.0}, "t_obs=-1.0"),
+    ({"t_obs": "now"}, "t_obs='now'"), ({"obs": {7: np.zeros(2)}}, "keys are text, and 7 is none"), ({"obs": {("x", 1): np.zeros(2)}}, "keys are text"),
+    ({"epoch": 2**70}, "epoch=.* whole number"), ({"committed": 1.5}, "committed=1.5 must be a whole number"), ({"seed": 0.5}, "seed=0.5")])
+def test_a_request_that_no_wire_carries_is_refused_at_once_and_the_connection_stays(server, given, words):
+    with PlannerClient(server.url) as client:
+        client.wait_ready(PATIENT)
+        with pytest.raises(WireError, match=words):
+            client.plan(**{"obs": obs(1), "t_obs": time.monotonic(), **given})
+        assert client.connected and not client.stats.errors
+        assert client.plan(obs(1), timeout=PATIENT).actions[0, 0] == 1
+
+
 def test_what_is_too_big_for_the_server_is_not_sent():
     with toy_server(limits={"bytes": 2000}) as far, PlannerClient(far.url) as client:
         client.wait_ready(PATIENT)

@@ -28,6 +28,7 @@ def test_export_compares_times_and_replaces(shell, run):
     backend = load(folder)
     obs = {k: np.zeros((card["t_obs"], *size), np.float32) for k, size in card["obs"].items()}
     assert backend.plan(obs).shape == (card["horizon"], card["action_dim"])
+    refused(shell("export", "run=run", "format=torch", "control.merge=guidd"), "control.merge=guidd", "guided")
     (folder / "old").touch()
     short = ("observations=2", "rounds=1")
     refused(shell("export", "run=run", "format=torch", *short, "out=robot"), "robot already holds an export", "overwrite=true", "out=…")

@@ -1,4 +1,5 @@
 """Setpoints against every limit by finite differences, closed forms against ruckig and against dense sampling, interpolation against parabolas."""
+import dataclasses
 import time
 from pathlib import Path
 
@@ -139,6 +140,17 @@ def test_setpoints_always_end_at_rest_and_a_late_period_goes_on_from_the_tail():
     np.testing.assert_array_equal(played, tail.q[:3])
     np.testing.assert_array_equal(limiter.tail().q[-1], tail.q[-1])
     np.testing.assert_array_equal(limiter.q, tail.q[2])
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"step": [np.nan]}, "step=.nan. must be empty, or one finite number above 0"), ({"step": [-1]}, "step"), ({"step": [0]}, "step"),
+    ({"step": ["x"]}, "step"), ({"step": [1, 1]}, "step"), ({"step": None}, "step"), ({"step": 1.0}, "step"),
+    ({"latency_obs": np.nan}, "latency_obs=nan must be a finite number"), ({"latency_obs": -5}, "latency_obs"),
+    ({"latency_action": "x"}, "latency_action='x'"), ({"latency_action": np.inf}, "latency_action")])
+def test_a_robot_with_senseless_steps_or_latencies_is_refused(given, words):
+    fine = RobotSpec("one", ["a"], ["rad"], [-1.0], [1.0], [1.0], [5.0], [100.0], step=np.array([0.1]), latency_obs=0, latency_action=np.float32(0.05))
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(fine, **given)
 
 
 def test_who_starts_outside_may_only_come_in():

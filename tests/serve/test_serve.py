@@ -20,7 +20,7 @@ from policy.serve.backend import PlannerBackend
 from policy.serve.client import PlannerClient
 from policy.train import checkpoint
 from policy.types import Spec
-from scripts import common
+from scripts import common, policies
 from tests.serve.far import ROOT, Far
 
 TINY = ["recipe=gantry", "net.widths=[8,16]", "net.groups=4", "net.time_dim=16"]
@@ -77,7 +77,8 @@ def test_it_serves_the_plans_of_the_run(run, tmp_path):
     (["run={run}", "insecure=no"], ["insecure=no", "true or false"]), (["run={run}", "delay=soon"], ["delay='soon'"]),
     (["run={run}", "tls.cert=x"], ["tls.key"]), (["run={run}", "prot=1"], ["port"]), (["run={run}", "token_file=/nowhere"], ["/nowhere"]),
     (["artifact={run}", "sampler.steps=3"], ["sampler"]), (["artifact={run}"], ["is a training run", "run={run}"]),
-    (["run={run}", "checkpoint=policy_7"], ["policy_7"])])
+    (["run={run}", "limits.bytes=10"], ["limits.bytes=10", "1024"]), (["run={run}", "control.merge=guidd"], ["control.merge=guidd", "guided"]),
+    (["run={run}", "control.execute=100"], ["control.execute=100", "horizon 16"]), (["run={run}", "checkpoint=policy_7"], ["policy_7"])])
 def test_a_slip_is_answered_with_what_to_do(run, argv, words):
     with socket.create_server(("127.0.0.1", 0)) as s:
         names = {"run": run, "taken": s.getsockname()[1]}
@@ -85,6 +86,18 @@ def test_a_slip_is_answered_with_what_to_do(run, argv, words):
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, "DIPOLE_TOKEN": TOKEN})
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert all(word.format(**names) in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.parametrize("control, words", [
+    ({"merge": "guidd"}, "control.merge=guidd .* guided"), ({"merge": "prefix"}, "train.rtc"), ({"execute": 17}, "control.execute=17 .* horizon 16"),
+    ({"execute": "x"}, "control.execute='x'"), ({"execute": 0}, "control.execute=0"), ({"delay": -5}, "control.delay=-5"),
+    ({"warm": "yes"}, "control.warm=yes"), ({"warm": float("nan")}, "control.warm=nan"), ({"warm": 2}, "control.warm=2"), ({"warm": True}, "control.warm=True"),
+    ({"limit": "x"}, "control.limit='x'")])
+def test_control_that_no_plan_can_follow_is_refused(control, words):
+    """In serve and export: both take the policy from policies.policy_of."""
+    policies.check_control({"execute": 16, "merge": "prefix", "warm": 1}, 16, 4)
+    with pytest.raises(ValueError, match=words):
+        policies.check_control(control, 16, 0)
 
 
 @pytest.mark.slow
