@@ -20,6 +20,7 @@ from policy.train.log import console
 from scripts import deploy_page, serving
 from scripts.cli import words_to_overrides
 from scripts.driving import FAILURES, Ended, episodes, folder_of, opened, options_of, over, quiet_bar, run, view
+from scripts.settings import whole
 from scripts.verb import verb
 
 
@@ -182,6 +183,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError("which policy? Name one of run=FOLDER (a training run), artifact=FOLDER (an export) or url=ws://host:port (a running dipole serve)")
     if wrong := [f"{k}={cfg[k]}" for k in ("seconds", "minutes", "episodes") if cfg[k] is not None and not cfg[k] > 0]:
         raise ValueError(f"{wrong[0]} must be above 0")
+    whole(0, seed=cfg.seed)
+    whole(1, episodes=cfg.episodes)
     for name in ("delay", "delays") if cfg.do == "eval" else ("delay",):
         values = [cfg.delay] if name == "delay" else list(cfg.delays) if isinstance(cfg.delays, Sequence) and len(cfg.delays) else [None]
         if not all(isinstance(d, int | float) and not isinstance(d, bool) and 0 <= d < math.inf for d in values):

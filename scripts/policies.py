@@ -1,6 +1,6 @@
 """The policy of a run behind the one call that plans: what serve and export begin with."""
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.resources import files as files_of
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from scripts import common, settings
 log = logging.getLogger("dipole.serve")
 PLANS = ("warm", "limit", "prior")  # of control: how the planner goes on from what is promised
 ADVICE = ("execute", "merge")       # of control: for bridges, in the card
+LIMITS = ("lower", "upper", "velocity", "acceleration", "jerk", "step", "rate")  # of a robot, in its units and s: what the policy is meant for
 
 
 def policy_of(cfg: DictConfig, folder: Path, device: str = "cpu", **origin: Any) -> tuple[PlannerBackend, dict[str, Any]]:
@@ -36,8 +37,10 @@ def policy_of(cfg: DictConfig, folder: Path, device: str = "cpu", **origin: Any)
     config = {**facts["planner"], "sampler": sampler, "guides": guides}
     origin = {"run": folder.resolve().name, "checkpoint": cfg.checkpoint, "step": facts["step"], "dipole": checkpoint.versions()["dipole"],
               "control": {k: control[k] for k in ADVICE if k in control}, "sampler": sampler, "calls": planner.calls, "precision": cfg.precision, **origin}
-    names, units = joints_of(cfg, planner.spec)
-    return PlannerBackend(planner, {**config, "precision": cfg.precision}, facts=origin, joints=names, joint_units=units,
+    robot = robot_of(cfg, planner.spec)
+    if robot:
+        origin["limits"] = {"robot": robot["name"], **{k: robot[k] for k in LIMITS if k in robot}}
+    return PlannerBackend(planner, {**config, "precision": cfg.precision}, facts=origin, joints=robot.get("joints", ()), joint_units=robot.get("units", ()),
                           **{k: control[k] for k in PLANS if k in control}), config
 
 
@@ -58,19 +61,19 @@ def check_control(control: Mapping[str, Any], horizon: int, rtc: int) -> None:
         raise ValueError(f"control.warm={warm} must be a noise time above 0 and not above 1, or null: from noise")
 
 
-def joints_of(cfg: DictConfig, spec: Spec) -> tuple[Sequence[str], Sequence[str]]:
-    """Names and units of the action dimensions: of robot=NAME, else of the robot in conf/robot whose task this is; none where there is none."""
+def robot_of(cfg: DictConfig, spec: Spec) -> dict[str, Any]:
+    """What moves by the actions, names, units and limits: robot=NAME, else the robot in conf/robot whose task this is; {} where there is none."""
     if "robot" in cfg:
-        robot = common.plain(cfg.robot)["spec"]
+        robot: dict[str, Any] = common.plain(cfg.robot)["spec"]
         if len(robot["joints"]) != spec.action_dim:
             raise ValueError(f"robot={robot['name']} has {len(robot['joints'])} joints ({', '.join(robot['joints'])}), this policy plans {spec.action_dim} "
                              "action dimensions: name the robot it was trained for, or none")
-        return robot["joints"], robot["units"]
+        return robot
     for path in sorted((files_of(conf) / "robot").iterdir(), key=str) if spec.task else ():
         robot = common.plain(OmegaConf.create(path.read_text(encoding="utf-8")))["spec"]
         if plain(robot.get("task", "")) == plain(spec.task) and len(robot["joints"]) == spec.action_dim:
-            return robot["joints"], robot["units"]
-    return (), ()
+            return robot
+    return {}
 
 
 def trained(cfg: DictConfig) -> Backend:

@@ -34,6 +34,7 @@ def dipole(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     (("eval", "run=a", "delays=0.04"), "delays=0.04 must be a list of seconds from 0, such as [0,0.04]"),
     (("eval", "run=a", "delays=[0,a]"), "must be a list of seconds from 0"), (("eval", "run=a", "delays=[-1]"), "must be a list of seconds from 0"),
     (("eval", "run=a", "delays=[]"), "must be a list of seconds from 0"), (("run=a", "delay=-1"), "delay=-1 must be seconds from 0"),
+    (("demo", "run=a", "seed=abc"), "seed='abc' must be a whole number from 0"), (("demo", "run=a", "episodes=1.5"), "episodes=1.5 must be a whole number"),
     (("robot.driver.kep=1", "url=ws://127.0.0.1:1"), "unexpected keyword argument 'kep'"),
 ])
 def test_mistakes_end_in_one_line(args, said):

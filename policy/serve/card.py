@@ -17,7 +17,8 @@ class Card:
     obs: {key: shape of one step}.   t_obs: steps of history.   horizon, action_dim: shape of a chunk.   dt: s between its actions.
     model_id: hash of weights and configuration.   merges: of policy.timeline.MERGES, those it can plan with.   committed: most steps of a
     prefix it takes.   joints, joint_units: what each action dimension is, in their order; () where the run does not know.   seen_low, seen_high:
-    (action_dim,) range of the demonstrations' actions, in their units; a robot's limits are its own.   facts: where it comes from.
+    (action_dim,) range of the demonstrations' actions, in their units.   facts: where it comes from, and `limits` of the robot it is meant for, where
+    that is known: to read; a bridge goes by its own robot's.
     noise_dim: channels of the noise that a plan is made of where they are not action_dim, because transforms widen actions; else 0.
     """
     model_id: str

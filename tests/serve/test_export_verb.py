@@ -75,6 +75,7 @@ def test_what_the_run_advises_is_exported_or_refused(shell, run):
     assert facts["control"]["merge"] == "guided" and "guided" in card["merges"] and facts["warm"] == 0.8 and facts["without"] == {}
     assert facts["parity"]["merges"]["guided"]["normalised"] < PARITY and {"eager, guided", "onnx, guided"} <= set(facts["latency"])
     assert card["joints"] == ["x", "y", "z", "fingers"] and card["joint_units"] == ["m"] * 4 and card["version"] == 2
+    assert card["facts"]["limits"]["robot"] == "gantry" and card["facts"]["limits"]["velocity"] == [1.5, 1.5, 1.5, 1.0]
 
 
 def test_what_cannot_be_is_told_and_what_was_there_stays(shell, run):
