@@ -55,7 +55,7 @@ def check_control(control: Mapping[str, Any], horizon: int, rtc: int) -> None:
     if (merge := control.get("merge", "naive")) not in MERGES:
         raise ValueError(f"control.merge={merge} is unknown; use one of {', '.join(MERGES)}")
     if merge == "prefix" and not rtc:
-        raise ValueError("control.merge=prefix needs a policy trained with train.rtc: use control.merge=frozen or guided, which need no training")
+        raise ValueError("control.merge=prefix: this policy was not trained for it (train.rtc=true); use control.merge=frozen or identity, or guided")
     warm = control.get("warm")
     if warm is not None and not (type(warm) in (int, float) and 0 < warm <= 1):
         raise ValueError(f"control.warm={warm} must be a noise time above 0 and not above 1, or null: from noise")

@@ -100,6 +100,14 @@ class UrClient(Streamed):
         return now
 
     def _tick(self, point: Point | None) -> RobotState | None:
+        try:
+            return self._stream(point)
+        except DriverError:
+            raise
+        except RuntimeError as e:  # the client's, which tries to connect again by itself, to the dashboard first
+            raise Gone(f"{self.name} has closed the connection ({e}): check the controller, then connect again") from e
+
+    def _stream(self, point: Point | None) -> RobotState | None:
         stamp = self._receive.getTimestamp()
         self._check_mode()
         if not self._halting.is_set():
