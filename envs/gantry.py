@@ -1,8 +1,8 @@
 """Gantry: pick up a cube with a three-axis gantry and a parallel gripper, put it down on a disc and let go. Scripted expert included.
 
 With pillar=True a pillar stands between cube and disc, taller than the gantry reaches. The expert passes it left or right at
-random, so its demonstrations have two modes and their mean runs into the pillar. With belt=0.15 the disc rides past on a belt,
-at 0.15 m/s: the world does not wait for a plan, and one that acts late misses.
+random, so its demonstrations have two modes and their mean runs into the pillar. With belt=0.2 the disc rides past on a belt,
+at 0.2 m/s: the world does not wait for a plan, and one that acts late misses.
 """
 
 from __future__ import annotations

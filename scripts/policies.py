@@ -46,10 +46,9 @@ def policy_of(cfg: DictConfig, folder: Path, device: str = "cpu", **origin: Any)
 
 def check_control(control: Mapping[str, Any], horizon: int, rtc: int) -> None:
     """ValueError when no planner of this horizon can go on like that, or no bridge follow the advice.   rtc: actions it was trained to be promised."""
-    said = {f"control.{k}": v for k, v in control.items()}
-    settings.whole(1, **{k: v for k, v in said.items() if k == "control.execute"})
-    settings.whole(0, **{k: v for k, v in said.items() if k == "control.delay"})
-    settings.number(0, **{k: v for k, v in said.items() if k in ("control.limit", "control.prior")})
+    settings.whole(1, **{"control.execute": control.get("execute", 1)})
+    settings.whole(0, **{"control.delay": control.get("delay", 0)})
+    settings.number(0, **{f"control.{k}": control.get(k, 0) for k in ("limit", "prior")})
     if (execute := control.get("execute", 1)) > horizon:
         raise ValueError(f"control.execute={execute} must be between 1 and the planner's horizon {horizon}")
     if (merge := control.get("merge", "naive")) not in MERGES:
